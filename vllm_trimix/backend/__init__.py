@@ -1,0 +1,1 @@
+"""The vLLM side: the only folder that imports vLLM."""

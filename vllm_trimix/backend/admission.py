@@ -1,0 +1,132 @@
+"""Per-request admission in the front end: validates ``vllm_xargs.trimix`` and separates prefix-cache namespaces.
+
+Keys and values of a triangle layer's successors differ between triangle and dense prefill, so requests that stay dense
+by their own wish (opt-out) or nature (they read prompt rows) must not share cached blocks with the others. Their
+``cache_salt`` is prefixed, and the decision is stamped into ``extra_args`` for the workers to obey. Triangle requests
+and prompts below the threshold share a namespace, so that chats keep their cache from turn to turn.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from vllm_trimix.backend import compat
+
+KEY = "trimix"
+# Stamped by admission, read by workers; users may not set it.
+DENSE_KEY = "trimix_dense"
+SALT = "trimix-dense"
+ALLOWED = ("on", "off")
+
+# Connectors that key external blocks by vLLM's own salted hashes, or move them between two requests of one id.
+SALT_AWARE_CONNECTORS = ("NixlConnector", "NixlPullConnector", "NixlPushConnector", "OffloadingConnector")
+
+_engines: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def install() -> None:
+    """Installs both hooks; called where a TRIMIX configuration is made."""
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    compat.wrap_once(InputProcessor, "__init__", _registered)
+    compat.wrap_once(InputProcessor, "process_inputs", _admitted)
+    compat.wrap_once(SamplingParams, "_verify_args", _verified)
+
+
+def check_extra_args(extra_args: dict[str, Any] | None) -> None:
+    """Validates a request's own arguments.
+
+    Raises:
+        VLLMValidationError: HTTP 400; names the value and the allowed ones.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    if not extra_args:
+        return
+    if DENSE_KEY in extra_args:
+        raise VLLMValidationError(
+            f"vllm_xargs.{DENSE_KEY} is internal; use vllm_xargs.{KEY} with 'on' or 'off'", parameter="vllm_xargs"
+        )
+    if KEY in extra_args and extra_args[KEY] not in ALLOWED:
+        raise VLLMValidationError(
+            f"vllm_xargs.{KEY}: {extra_args[KEY]!r} is not valid; allowed values: 'on' (default), 'off' (dense prefill)",
+            parameter="vllm_xargs",
+            value=extra_args[KEY],
+        )
+
+
+def dense_reason(params: Any, *, resumable: bool, prompt_logprobs: str) -> str | None:
+    """Why a request needs the dense namespace, or None."""
+    from vllm_trimix.backend.requests import reads_prompt_rows
+
+    if not hasattr(params, "extra_args"):
+        return "pooling"
+    if (params.extra_args or {}).get(KEY) == "off":
+        return "opt_out"
+    if prompt_logprobs == "dense" and reads_prompt_rows(params):
+        return "prompt_logprobs"
+    if resumable:
+        return "streaming_input"
+    return None
+
+
+def _registered(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        from vllm_trimix.backend.registration import uses_trimix
+
+        original(self, vllm_config, *args, **kwargs)
+        if uses_trimix(vllm_config):
+            _engines.add(self)
+
+    return __init__
+
+
+def _admitted(original: Callable[..., Any]) -> Callable[..., Any]:
+    def process_inputs(
+        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, resumable: bool = False, **kwargs: Any
+    ) -> Any:
+        if self not in _engines:
+            return original(self, request_id, prompt, params, *args, resumable=resumable, **kwargs)
+        check_extra_args(getattr(params, "extra_args", None))
+        request = original(self, request_id, prompt, params, *args, resumable=resumable, **kwargs)
+        from vllm_trimix.backend import settings
+
+        reason = dense_reason(
+            params, resumable=resumable, prompt_logprobs=settings.of(self.vllm_config).prompt_logprobs
+        )
+        if reason is not None:
+            _refuse_unsalted_connector(self.vllm_config, reason)
+            request.cache_salt = SALT if request.cache_salt is None else f"{SALT}:{request.cache_salt}"
+            if request.sampling_params is not None:
+                # A new dict: the user's own may be shared by many requests.
+                extra_args = request.sampling_params.extra_args or {}
+                request.sampling_params.extra_args = {**extra_args, DENSE_KEY: reason}
+        return request
+
+    return process_inputs
+
+
+def _verified(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _verify_args(self: Any) -> None:
+        original(self)
+        if _engines:
+            check_extra_args(self.extra_args)
+
+    return _verify_args
+
+
+def _refuse_unsalted_connector(vllm_config: Any, reason: str) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    transfer = vllm_config.kv_transfer_config
+    name = getattr(transfer, "kv_connector", None)
+    if name is None or name in SALT_AWARE_CONNECTORS:
+        return
+    raise VLLMValidationError(
+        f"this request must prefill densely ({reason}), but KV connector {name} may hand it keys and values of a "
+        "triangle prefill: it is not known to honour cache_salt. Send it to a server without that connector",
+        parameter="vllm_xargs" if reason == "opt_out" else None,
+    )

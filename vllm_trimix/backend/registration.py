@@ -1,0 +1,101 @@
+"""Makes ``--attention-backend TRIMIX`` known, in every process, and routes its selection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from vllm_trimix.backend import compat
+
+NAME = "TRIMIX"
+CLASS_PATH = "vllm_trimix.backend.attention.TrimixBackend"
+
+# Under vLLM's logger namespace, so that its handlers and level apply.
+logger = init_logger("vllm.vllm_trimix")
+
+
+def register_trimix() -> None:
+    """Adds the backend's name and routes its selection. Idempotent.
+
+    On an untested vLLM the name stays known, and selecting it fails with one clear line.
+    """
+    _register_member()
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    compat.wrap_once(platform, "check_and_update_config", _checked_config)
+    if compat.unsupported_reason() is None:
+        compat.wrap_once(platform, "get_attn_backend_cls", _composed_backend)
+
+
+def _register_member() -> None:
+    if NAME in AttentionBackendEnum.__members__:
+        return
+    if hasattr(AttentionBackendEnum, "register"):
+        member = AttentionBackendEnum.register(NAME, CLASS_PATH)
+    else:
+        # Before 0.32 members can't be registered; the name must still be known to be refused clearly.
+        member = object.__new__(AttentionBackendEnum)
+        member._name_, member._value_ = NAME, CLASS_PATH
+        AttentionBackendEnum._member_map_[NAME] = member
+        AttentionBackendEnum._value2member_map_[CLASS_PATH] = member
+        AttentionBackendEnum._member_names_.append(NAME)
+    # Looked up on the instance by copyreg; the default would unpickle by value, unknown in a fresh process.
+    member.__reduce_ex__ = lambda protocol: (restore_member, ())  # type: ignore[method-assign,assignment]
+
+
+def restore_member() -> AttentionBackendEnum:
+    """Unpickles the member in a process where plugins have not been loaded yet."""
+    _register_member()
+    return AttentionBackendEnum[NAME]
+
+
+def uses_trimix(vllm_config: Any) -> bool:
+    """Whether any attention layer of this engine was asked to use TRIMIX."""
+    attention = vllm_config.attention_config
+    per_kind = getattr(attention, "backend_per_kind", None) or {}
+    return any(getattr(backend, "name", None) == NAME for backend in (attention.backend, *per_kind.values()))
+
+
+def _checked_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    def check_and_update_config(cls: type, vllm_config: Any) -> None:
+        selected = uses_trimix(vllm_config)
+        if selected and (reason := compat.unsupported_reason()):
+            raise ValueError(reason)
+        original(cls, vllm_config)
+        if selected:
+            from vllm_trimix.backend import admission, settings
+
+            settings.resolve_into(vllm_config)
+            admission.install()
+        elif isinstance(vllm_config.additional_config, dict) and "trimix" in vllm_config.additional_config:
+            logger.warning_once(
+                "additional_config has a 'trimix' entry, but the attention backend is not TRIMIX; it is ignored. "
+                "Add --attention-backend TRIMIX to use it."
+            )
+
+    return check_and_update_config
+
+
+def _composed_backend(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_attn_backend_cls(
+        cls: type, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        if getattr(selected_backend, "name", None) != NAME:
+            return str(original(cls, selected_backend, attn_selector_config, num_heads))
+        from vllm_trimix.backend import attention, settings
+
+        forced = settings.current().dense_backend
+        dense = AttentionBackendEnum[forced] if forced else None
+        if dense is not None and cls.__name__.startswith("Cpu") != (forced == "CPU_ATTN"):
+            raise ValueError(
+                f"trimix.dense_backend: {forced!r} does not run on this platform ({cls.__name__}); "
+                "remove it to build on the platform's own backend"
+            )
+        path = original(cls, dense, attn_selector_config, num_heads)
+        return attention.compose(path, attn_selector_config)
+
+    return get_attn_backend_cls

@@ -1,0 +1,110 @@
+"""The resolved settings of an engine: written once in the front end, read in every process."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+from vllm_trimix.config import Resolved, format_layers, resolve
+
+ENTRY = "trimix"
+RESOLVED = "trimix_resolved"
+
+KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2")
+
+
+def resolve_into(vllm_config: Any) -> None:
+    """Validates the ``trimix`` entry against the model and stores what runs in ``additional_config``.
+
+    There it reaches every worker and is part of the compile hash. A configuration that already holds resolved
+    settings (a copy that vLLM made for a draft model or a test) is left alone.
+
+    Raises:
+        ValueError: Naming the value, the limit and the fix.
+    """
+    additional = vllm_config.additional_config
+    if not isinstance(additional, dict):
+        raise ValueError(
+            f"TRIMIX reads --additional-config as a JSON object; got {type(additional).__name__}. "
+            "Pass e.g. '{\"trimix\": {\"starting_layer\": 16}}'"
+        )
+    if RESOLVED in additional or vllm_config.model_config is None:
+        return
+    _check_model(vllm_config)
+    model_config = vllm_config.model_config
+    hf_config = model_config.hf_config
+    resolved = resolve(
+        additional.get(ENTRY),
+        model=model_config.model,
+        num_layers=model_config.get_total_num_hidden_layers(),
+        model_entry=getattr(hf_config, ENTRY, None),
+    )
+    _check_layers(resolved, model_config)
+    vllm_config.additional_config = {**additional, RESOLVED: resolved.model_dump(mode="json")}
+
+
+def of(vllm_config: Any) -> Resolved:
+    """The settings of this engine, as resolved in the front end."""
+    return _parse(json.dumps(vllm_config.additional_config[RESOLVED], sort_keys=True))
+
+
+@functools.lru_cache(maxsize=8)
+def _parse(text: str) -> Resolved:
+    return Resolved.model_validate_json(text)
+
+
+def current() -> Resolved:
+    """The settings of the engine whose configuration is current in this process."""
+    from vllm.config import get_current_vllm_config
+
+    return of(get_current_vllm_config())
+
+
+def _check_model(vllm_config: Any) -> None:
+    model_config = vllm_config.model_config
+    name = model_config.model
+    if model_config.use_mla:
+        raise ValueError(
+            f"TRIMIX does not support MLA models ({name}): their cache holds compressed keys. "
+            "Choose an MLA backend, or leave --attention-backend unset"
+        )
+    if model_config.is_encoder_decoder:
+        raise ValueError(
+            f"TRIMIX does not support encoder-decoder models ({name}): they have no long causal prefill. "
+            "Leave --attention-backend unset"
+        )
+    if getattr(model_config, "is_attention_free", False):
+        raise ValueError(f"TRIMIX needs attention layers; {name} has none. Leave --attention-backend unset")
+    if model_config.runner_type == "pooling":
+        raise ValueError(
+            f"TRIMIX does not support pooling models ({name}): they read every prompt row. "
+            "Leave --attention-backend unset"
+        )
+    kv_dtype = vllm_config.cache_config.cache_dtype
+    if kv_dtype not in KV_CACHE_DTYPES:
+        raise ValueError(
+            f"TRIMIX does not support --kv-cache-dtype {kv_dtype}; choose one of {', '.join(KV_CACHE_DTYPES)}"
+        )
+
+
+def _check_layers(resolved: Resolved, model_config: Any) -> None:
+    """Refuses a triangle set that holds only sliding-window layers; an empty set is the user's own choice."""
+    sliding = sliding_layers(model_config)
+    if resolved.layers and sliding.issuperset(resolved.layers):
+        full = [layer for layer in range(resolved.num_layers) if layer not in sliding]
+        raise ValueError(
+            f"trimix.layers: {format_layers(resolved.layers)} are all sliding-window layers of {model_config.model}, "
+            f"which stay stock; eligible: {format_layers(full)}"
+        )
+
+
+def sliding_layers(model_config: Any) -> frozenset[int]:
+    """Layers that the model itself restricts to a window, global indices."""
+    text_config = model_config.hf_text_config
+    layer_types = getattr(text_config, "layer_types", None)
+    if layer_types:
+        return frozenset(index for index, kind in enumerate(layer_types) if kind != "full_attention")
+    if model_config.get_sliding_window() is not None and getattr(text_config, "use_sliding_window", True):
+        return frozenset(range(model_config.get_total_num_hidden_layers()))
+    return frozenset()

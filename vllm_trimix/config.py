@@ -1,0 +1,268 @@
+"""The ``trimix`` configuration: what users may write, and what runs.
+
+Users write ``--additional-config '{"trimix": {...}}'``. ``TrimixConfig`` is that, validated; ``resolve`` merges it
+with a preset and the model's facts into the ``Resolved`` settings that every process obeys. Nothing here knows vLLM.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_trimix.patterns.triangle import Triangle
+from vllm_trimix.presets import find_preset
+
+DenseBackend = Literal["FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "CPU_ATTN"]
+
+# Measured with benchmarks/benchmark_ttft.py; see docs/design.md, "The break-even".
+DEFAULT_MIN_PROMPT_LEN = 4096
+
+
+class TrimixConfig(BaseModel):
+    """What users write under ``trimix``. Every key is optional; unset keys come from the preset.
+
+    Attributes:
+        starting_layer: First triangle layer; short for ``layers: "N-<last>"``.
+        layers: Triangle layers, e.g. ``"5,7,10,15-35"`` or ``[5, 7]``; global indices. Empty: none.
+        n_init: Sink keys, in tokens; 0 means no sinks.
+        n_local: Local window, in tokens, counting the query itself.
+        last_n: Dense last prompt rows, in tokens; 0 means none (the A-shape).
+        min_prompt_len: Prompts shorter than this (in tokens) stay dense.
+        preset: Name of a shipped preset, or path of a preset file.
+        dense_backend: The stock backend to build on; unset means the platform's own choice.
+        prompt_logprobs: What requests that read prompt rows measure: stock vLLM ("dense") or the mask ("triangle").
+        stats_log_interval: Seconds between the log lines that say what ran; 0 turns them off.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    starting_layer: int | None = Field(default=None, ge=0)
+    layers: str | list[int | str] | None = None
+    n_init: int | None = Field(default=None, ge=0)
+    n_local: int | None = Field(default=None, ge=1)
+    last_n: int | None = Field(default=None, ge=0)
+    min_prompt_len: int | None = Field(default=None, ge=0)
+    preset: str | None = Field(default=None, min_length=1)
+    dense_backend: DenseBackend | None = None
+    prompt_logprobs: Literal["dense", "triangle"] = "dense"
+    stats_log_interval: float = Field(default=10.0, ge=0)
+
+
+class Resolved(BaseModel):
+    """What runs: complete, validated, plain JSON, the same in every process of the server.
+
+    Attributes:
+        layers: Triangle layers, global indices, ascending.
+        num_layers: Layers of the model.
+        source: Where the layers came from, e.g. ``config`` or ``preset:NAME``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layers: tuple[int, ...]
+    num_layers: int
+    n_init: int
+    n_local: int
+    last_n: int
+    min_prompt_len: int
+    dense_backend: DenseBackend | None
+    prompt_logprobs: Literal["dense", "triangle"]
+    stats_log_interval: float
+    source: str
+
+    @property
+    def triangle(self) -> Triangle:
+        """The pattern's parameters."""
+        return Triangle(n_init=self.n_init, n_local=self.n_local, last_n=self.last_n)
+
+
+def parse_config(raw: object) -> TrimixConfig:
+    """Validates the user's ``trimix`` entry.
+
+    Raises:
+        ValueError: Naming each bad key, its value, the limit and the nearest valid key.
+    """
+    if not isinstance(raw, dict):
+        raise ValueError(
+            f"trimix: expected a JSON object such as {{\"starting_layer\": 16}}, got {type(raw).__name__} {raw!r}"
+        )
+    try:
+        config = TrimixConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ValueError("; ".join(_explain(raw, item) for item in _distinct(error))) from None
+    if config.starting_layer is not None and config.layers is not None:
+        raise ValueError(
+            f"trimix: starting_layer ({config.starting_layer}) and layers ({config.layers!r}) "
+            "are two spellings of one setting; keep one"
+        )
+    return config
+
+
+def _distinct(error: ValidationError) -> list[dict[str, Any]]:
+    """One error a key: pydantic reports every branch of a union."""
+    found: dict[str, dict[str, Any]] = {}
+    for item in error.errors():
+        found.setdefault(str(item["loc"][0]), dict(item))
+    return list(found.values())
+
+
+def _explain(raw: dict[str, Any], item: dict[str, Any]) -> str:
+    key = str(item["loc"][0])
+    if item["type"] == "extra_forbidden":
+        valid = list(TrimixConfig.model_fields)
+        near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+        # n_last is the published kernel's own spelling of last_n.
+        hint = "last_n" if key == "n_last" else near[0] if near else None
+        did_you_mean = f"; did you mean '{hint}'?" if hint else ""
+        return f"unknown key '{key}' in trimix config{did_you_mean} (valid: {', '.join(valid)})"
+    if key == "layers":
+        return f"trimix.layers: {raw[key]!r} is not a layer list; write e.g. \"16-31\", \"5,7,10,15-35\" or [5, 7]"
+    message = str(item["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"trimix.{key}: {raw[key]!r} is not valid: should be {message}"
+
+
+def parse_layers(spec: str | Iterable[int | str], *, num_layers: int) -> tuple[int, ...]:
+    """Expands a layer list into ascending global indices.
+
+    Args:
+        spec: ``"5,7,10,15-35"``, or a list of such items and integers. Empty means no layer.
+        num_layers: Layers of the model.
+
+    Raises:
+        ValueError: A malformed item, an inverted range, or an index outside the model.
+    """
+    items = spec.split(",") if isinstance(spec, str) else list(spec)
+    if items == [""]:
+        items = []
+    layers: set[int] = set()
+    for item in items:
+        text = str(item).strip()
+        first, dash, last = text.partition("-")
+        if isinstance(item, bool) or not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(
+                f"trimix.layers: {text!r} in {spec!r} is not a layer or a range; write e.g. \"16-31\" or \"5,7,10,15-35\""
+            )
+        low, high = int(first), int(last or first)
+        if high < low:
+            raise ValueError(f"trimix.layers: range {text!r} runs backwards; write '{high}-{low}'")
+        if high >= num_layers:
+            bad = low if low >= num_layers else high
+            raise ValueError(f"trimix.layers: '{bad}' is outside this model's {num_layers} layers (0-{num_layers - 1})")
+        layers.update(range(low, high + 1))
+    return tuple(sorted(layers))
+
+
+def format_layers(layers: Collection[int]) -> str:
+    """The shortest spelling of a layer set, e.g. ``5,7,10,15-35``; ``none`` when empty."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "none"
+
+
+def resolve(
+    raw: object, *, model: str, num_layers: int, model_entry: object = None
+) -> Resolved:
+    """Merges the user's entry with a preset into what runs.
+
+    A preset is, in this order: ``preset`` in the entry (name or file), the ``trimix`` entry of the model's own
+    config.json, a shipped preset for exactly this HF id. Keys in the user's entry win over the preset's.
+
+    Args:
+        raw: The user's ``trimix`` entry; None when there is none.
+        model: The model as the user named it (HF id or path).
+        num_layers: Layers of the model.
+        model_entry: The ``trimix`` entry of the model's config.json, or None.
+
+    Raises:
+        ValueError: Bad entry, unreadable preset, layers outside the model, or no way to know the layers.
+    """
+    config = parse_config({} if raw is None else raw)
+    preset, source = _load_preset(config, model, model_entry)
+    if config.layers is not None:
+        layers, source = parse_layers(config.layers, num_layers=num_layers), "config"
+    elif config.starting_layer is not None:
+        if config.starting_layer >= num_layers:
+            raise ValueError(
+                f"trimix.starting_layer: {config.starting_layer} is outside this model's "
+                f"{num_layers} layers (0-{num_layers - 1})"
+            )
+        layers, source = tuple(range(config.starting_layer, num_layers)), "config"
+    elif preset is not None and preset.layers is not None:
+        layers = parse_layers(preset.layers, num_layers=num_layers)
+    elif preset is not None and preset.starting_layer is not None:
+        layers = parse_layers(f"{preset.starting_layer}-{num_layers - 1}", num_layers=num_layers)
+    else:
+        raise ValueError(
+            f"TRIMIX has no preset for model {model!r} and will not guess its layers. Set them, e.g. "
+            f"--additional-config '{{\"trimix\": {{\"starting_layer\": {num_layers // 2}}}}}', "
+            "after `vllm-trimix probe` or your own evaluation on this model; or name a preset: "
+            '{"trimix": {"preset": NAME}}'
+        )
+
+    def setting(key: str, default: Any) -> Any:
+        for candidate in (config, preset):
+            value = getattr(candidate, key, None)
+            if value is not None:
+                return value
+        return default
+
+    return Resolved(
+        layers=layers,
+        num_layers=num_layers,
+        n_init=setting("n_init", Triangle.n_init),
+        n_local=setting("n_local", Triangle.n_local),
+        last_n=setting("last_n", Triangle.last_n),
+        min_prompt_len=setting("min_prompt_len", DEFAULT_MIN_PROMPT_LEN),
+        dense_backend=setting("dense_backend", None),
+        prompt_logprobs=config.prompt_logprobs,
+        stats_log_interval=config.stats_log_interval,
+        source=source,
+    )
+
+
+def _load_preset(config: TrimixConfig, model: str, model_entry: object) -> tuple[TrimixConfig | None, str]:
+    if config.preset is not None:
+        path = Path(config.preset)
+        if path.suffix == ".json" or path.exists():
+            return _preset_config(_read_json(path), f"preset file {config.preset!r}"), f"preset:{path.name}"
+        entry = find_preset(config.preset)
+        if entry is None:
+            raise ValueError(
+                f"trimix.preset: {config.preset!r} is neither a shipped preset nor a file; shipped: {_shipped()}"
+            )
+        return _preset_config(entry, f"preset {config.preset!r}"), f"preset:{config.preset}"
+    if model_entry is not None:
+        return _preset_config(model_entry, "the model's config.json entry 'trimix'"), "model"
+    entry = find_preset(model)
+    return (None, "config") if entry is None else (_preset_config(entry, f"preset {model!r}"), f"preset:{model}")
+
+
+def _shipped() -> str:
+    from vllm_trimix.presets import preset_names
+
+    return ", ".join(preset_names())
+
+
+def _read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"trimix.preset: cannot read {str(path)!r}: {error}") from None
+
+
+def _preset_config(entry: object, name: str) -> TrimixConfig:
+    """A preset is the user's keys plus ``provenance``, which only people read."""
+    settings = {key: value for key, value in entry.items() if key != "provenance"} if isinstance(entry, dict) else entry
+    try:
+        return parse_config(settings)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None

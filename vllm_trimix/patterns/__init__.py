@@ -1,0 +1,1 @@
+"""Patterns: which keys each query sees. One file each; the mask is the definition."""

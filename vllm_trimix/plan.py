@@ -1,0 +1,119 @@
+"""The per-step schedule: which query rows the triangle kernel computes, which stay dense, and why.
+
+Built once per step on the CPU from plain integers; shared by all layers; no vLLM types and no tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from vllm_trimix.patterns.triangle import Triangle
+
+DECODE = "decode"
+"""Rows at or past the prompt's end: dense by the rule, not a fallback."""
+LAST_N = "last_n"
+"""The prompt's last rows: dense by the rule, not a fallback."""
+
+
+class Request(NamedTuple):
+    """What the plan needs to know of one scheduled request.
+
+    Attributes:
+        prompt_len: Prompt tokens as first submitted.
+        dense_reason: Why the whole request stays dense, or None.
+    """
+
+    prompt_len: int
+    dense_reason: str | None = None
+
+
+class Span(NamedTuple):
+    """A contiguous range of query rows of one request under one mask rule.
+
+    Attributes:
+        request: Row of the request in the batch (its block-table row).
+        first_row: First query row in the batch.
+        num_rows: Query rows.
+        position: Absolute position of the first row in the request.
+    """
+
+    request: int
+    first_row: int
+    num_rows: int
+    position: int
+
+
+@dataclass
+class Plan:
+    """One step's schedule.
+
+    Attributes:
+        triangle: Spans the triangle kernel computes; empty means the whole step is dense.
+        dense: Spans left to the stock kernel. Each ends at the end of its request's scheduled rows.
+        rows: Query rows by class: ``triangle``, ``last_n``, ``decode`` and each fallback reason.
+    """
+
+    triangle: list[Span] = field(default_factory=list)
+    dense: list[Span] = field(default_factory=list)
+    rows: dict[str, int] = field(default_factory=dict)
+
+
+def build_plan(
+    query_start_loc: Sequence[int],
+    seq_lens: Sequence[int],
+    requests: Sequence[Request | None],
+    *,
+    pattern: Triangle,
+    min_prompt_len: int,
+    step_reason: str | None = None,
+) -> Plan:
+    """Splits a step's query rows into triangle spans and the dense remainder.
+
+    Args:
+        query_start_loc: First row of each request and the end, [num_requests + 1].
+        seq_lens: Keys of each request after this step, [num_requests]; exact for rows below the prompt's end.
+        requests: Each request's prompt length and fallback reason; None when the prompt length is unknown.
+        pattern: The triangle's parameters.
+        min_prompt_len: Prompts shorter than this stay dense.
+        step_reason: Why no request of this step may be sparse, or None.
+
+    Returns:
+        The plan. Rows of padding requests (no query rows) appear nowhere.
+    """
+    plan = Plan()
+    triangle, dense, rows = plan.triangle, plan.dense, plan.rows
+    last_n, dense_len = pattern.last_n, max(pattern.dense_len, min_prompt_len - 1)
+    for index, request in enumerate(requests):
+        first_row = query_start_loc[index]
+        num_rows = query_start_loc[index + 1] - first_row
+        if num_rows <= 0:
+            continue
+        position = seq_lens[index] - num_rows
+        if request is None:
+            dense.append(Span(index, first_row, num_rows, position))
+            rows["prompt_len_unknown"] = rows.get("prompt_len_unknown", 0) + num_rows
+            continue
+        prompt_len = request.prompt_len
+        if position >= prompt_len:
+            dense.append(Span(index, first_row, num_rows, position))
+            rows[DECODE] = rows.get(DECODE, 0) + num_rows
+            continue
+        reason = step_reason or request.dense_reason or ("short_prompt" if prompt_len <= dense_len else None)
+        prompt_rows = min(num_rows, prompt_len - position)
+        if num_rows > prompt_rows:
+            rows[DECODE] = rows.get(DECODE, 0) + num_rows - prompt_rows
+        if reason is not None:
+            dense.append(Span(index, first_row, num_rows, position))
+            rows[reason] = rows.get(reason, 0) + prompt_rows
+            continue
+        body = max(0, min(prompt_rows, prompt_len - last_n - position))
+        if body:
+            triangle.append(Span(index, first_row, body, position))
+            rows["triangle"] = rows.get("triangle", 0) + body
+        if body < num_rows:
+            dense.append(Span(index, first_row + body, num_rows - body, position + body))
+        if body < prompt_rows:
+            rows[LAST_N] = rows.get(LAST_N, 0) + prompt_rows - body
+    return plan

@@ -1,0 +1,77 @@
+"""What ran: query rows by class, counted on the host once a step, and the log line that says so."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+BY_RULE = ("triangle", "last_n", "decode", "cached")
+
+
+class Stats:
+    """Totals since the engine started. Row classes are those of ``Plan.rows``, plus:
+
+    - ``cached``: prompt rows that a prefix-cache hit or a KV connector made unnecessary;
+
+    Kept apart: ``triangle_layer_rows``, rows times layers that the triangle kernel really computed, and
+    ``tracked_requests``, the requests known now.
+    """
+
+    def __init__(self) -> None:
+        self.rows: Counter[str] = Counter()
+        self.steps = 0
+        self.triangle_layer_rows = 0
+        self.tracked_requests = 0
+        self._announced: set[str] = set()
+
+    def add(self, rows: Mapping[str, int]) -> list[str]:
+        """Adds one step's rows; returns the fallback reasons seen for the first time."""
+        self.steps += 1
+        self.rows.update(rows)
+        fresh = [reason for reason in rows if reason not in BY_RULE and reason not in self._announced]
+        self._announced.update(fresh)
+        return fresh
+
+    def snapshot(self) -> dict[str, int]:
+        """Totals as plain integers, for tests and logs."""
+        return {
+            **self.rows,
+            "steps": self.steps,
+            "triangle_layer_rows": self.triangle_layer_rows,
+            "tracked_requests": self.tracked_requests,
+        }
+
+    def line(self, since: Mapping[str, int]) -> str:
+        """The log line: rows by class since a snapshot, fixed ``key=value`` format."""
+        now = self.snapshot()
+        delta = {key: value - since.get(key, 0) for key, value in now.items()}
+        dense = {key: delta[key] for key in sorted(self.rows) if key not in BY_RULE and delta[key]}
+        by_rule = " ".join(f"{key}={delta.get(key, 0)}" for key in BY_RULE)
+        reasons = ",".join(f"{key}:{value}" for key, value in dense.items()) or "none"
+        return (
+            f"TRIMIX rows: {by_rule} dense={sum(dense.values())} reasons={reasons} "
+            f"triangle_layer_rows={delta['triangle_layer_rows']} requests={now['tracked_requests']}"
+        )
+
+
+def log_periodically(stats: Stats, interval: float, log: Callable[[str], None]) -> None:
+    """Logs ``stats.line`` every ``interval`` seconds in which something ran, until ``stats`` is gone."""
+    ref = weakref.ref(stats)
+    wake = threading.Event()
+    weakref.finalize(stats, wake.set)
+
+    def run() -> None:
+        last: dict[str, int] = {}
+        while not wake.wait(interval):
+            current = ref()
+            if current is None:
+                return
+            now = current.snapshot()
+            if now["steps"] != last.get("steps", 0):
+                log(current.line(last))
+                last = now
+            del current
+
+    threading.Thread(target=run, name="trimix-stats", daemon=True).start()
