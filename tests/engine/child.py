@@ -1,0 +1,78 @@
+"""Runs one vLLM engine in a process of its own: a job as JSON on stdin, the results as JSON in a file.
+
+A job is ``{"engine": {LLM arguments}, "waves": [[{"prompt", "max_tokens", "trimix", ...}]], "env": {}}``. Waves run one
+after the other on the same engine, so that a later wave can hit the prefix cache of an earlier one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+
+def totals() -> list[dict[str, int]]:
+    """The counters of every runner in this process."""
+    from vllm_trimix.backend import requests
+
+    return [step.stats.snapshot() for step in requests.all_steps()]
+
+
+def counters(llm: object) -> dict[str, float]:
+    """vLLM's own counters by name."""
+    return {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.update(job.get("env", {}))
+    from vllm import LLM, SamplingParams
+
+    engine = {
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "dtype": "float32",
+        "max_model_len": 2048,
+        "block_size": 32,
+        "enable_prefix_caching": False,
+        "attention_backend": "TRIMIX",
+        "disable_log_stats": False,
+        **job["engine"],
+    }
+    llm = LLM(**engine)
+    waves = []
+    for wave in job["waves"]:
+        params = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=request["max_tokens"],
+                logprobs=0,
+                ignore_eos=True,
+                detokenize=False,
+                prompt_logprobs=request.get("prompt_logprobs"),
+                extra_args=request.get("extra_args"),
+            )
+            for request in wave
+        ]
+        outputs = llm.generate([{"prompt_token_ids": request["prompt"]} for request in wave], params, use_tqdm=False)
+        waves.append(
+            [
+                {
+                    "tokens": list(output.outputs[0].token_ids),
+                    "logprobs": [
+                        step[token].logprob
+                        for token, step in zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)
+                    ],
+                    "cached_tokens": output.num_cached_tokens,
+                }
+                for output in outputs
+            ]
+        )
+    with open(sys.argv[1], "w") as file:
+        json.dump({"waves": waves, "stats": totals(), "metrics": counters(llm)}, file)
+
+
+if __name__ == "__main__":
+    main()

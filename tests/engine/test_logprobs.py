@@ -1,0 +1,135 @@
+"""Log-probabilities of generated tokens, real engine against HF fp32 with the mask, however the steps are cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.models import VOCAB_SIZE, save_tiny_llama
+from tests.engine.run import LAYERS, PATTERN, assert_matches_truth, both_ways, run_job
+
+# Every boundary of the rule, and lengths that straddle chunks and pages.
+BOUNDARIES = [
+    1,
+    PATTERN.n_init,
+    PATTERN.n_local,
+    PATTERN.dense_len - 1,
+    PATTERN.dense_len,
+    PATTERN.dense_len + 1,
+]
+LONG = [131, 256, 500, 777]
+
+
+def prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("tiny")
+
+    def model(num_heads: int, num_kv_heads: int) -> Path:
+        return save_tiny_llama(root / f"{num_heads}-{num_kv_heads}", num_heads=num_heads, num_kv_heads=num_kv_heads)
+
+    return model
+
+
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "chunk63-gqa1": {"heads": (4, 4), "engine": {"max_num_batched_tokens": 63, "max_num_seqs": 8}},
+    "chunk200-gqa4": {"heads": (4, 1), "engine": {"max_num_batched_tokens": 200}},
+    "chunk512-gqa8": {"heads": (8, 1), "engine": {"max_num_batched_tokens": 512}},
+    "whole-gqa2": {"heads": (4, 2), "engine": {"max_num_batched_tokens": 8192}},
+    "page96-gqa2": {"heads": (4, 2), "engine": {"max_num_batched_tokens": 200, "block_size": 96}},
+    "compiled": {"heads": (4, 2), "engine": {"max_num_batched_tokens": 200, "enforce_eager": False}},
+}
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_chunks_and_mixed_batches(name: str, tiny: Any, tmp_path: Path) -> None:
+    scenario = SCENARIOS[name]
+    model = tiny(*scenario["heads"])
+    wave = both_ways(prompts(BOUNDARIES + LONG))
+    result = run_job(tmp_path, model, [wave], engine=scenario["engine"])
+    assert_matches_truth(model, wave, result.waves[0])
+    body = sum(max(0, length - PATTERN.last_n) for length in BOUNDARIES + LONG if length > PATTERN.dense_len)
+    assert result.rows["triangle"] == body
+    assert result.rows["triangle_layer_rows"] == body * len(LAYERS)
+    assert result.rows["opt_out"] == sum(BOUNDARIES + LONG)
+
+
+def test_chunks_of_one_token(tiny: Any, tmp_path: Path) -> None:
+    model = tiny(4, 2)
+    wave = both_ways(prompts([60, 120]), max_tokens=3)
+    engine = {"max_num_batched_tokens": 64, "long_prefill_token_threshold": 1, "enable_chunked_prefill": True}
+    result = run_job(tmp_path, model, [wave], engine=engine)
+    assert_matches_truth(model, wave, result.waves[0])
+    assert result.rows["triangle"] == 60 + 120 - 2 * PATTERN.last_n
+    # Two requests of each length, never more than four rows a step.
+    assert result.rows["steps"] >= 120
+
+
+def test_preempted_and_resumed(tiny: Any, tmp_path: Path) -> None:
+    model = tiny(4, 2)
+    lengths = [200, 190, 180, 170]
+    wave = both_ways(prompts(lengths), max_tokens=64)
+    # 56 pages of 32 tokens hold about seven of the eight finished requests.
+    engine = {"max_num_batched_tokens": 200, "num_gpu_blocks_override": 57}
+    result = run_job(tmp_path, model, [wave], engine=engine)
+    assert result.metrics["vllm:num_preemptions"] > 0
+    assert_matches_truth(model, wave, result.waves[0])
+    # Resumed requests compute their prompt rows, and their generated rows, again.
+    assert result.rows["triangle"] > sum(lengths) - len(lengths) * PATTERN.last_n
+
+
+def test_prefix_cache_hits(tiny: Any, tmp_path: Path) -> None:
+    """A hit on rows that both prompts compute under the same rule changes nothing."""
+    model = tiny(4, 2)
+    shared, tails = prompts([320])[0], prompts([90, 150], seed=1)
+    first, second = (both_ways([shared + tail]) for tail in tails)
+    engine = {"max_num_batched_tokens": 200, "enable_prefix_caching": True}
+    result = run_job(tmp_path, model, [first, second], engine=engine)
+    for wave, answers in zip((first, second), result.waves, strict=True):
+        assert_matches_truth(model, wave, answers)
+    assert [answer["cached_tokens"] for answer in result.waves[0]] == [0, 0]
+    assert [answer["cached_tokens"] for answer in result.waves[1]] == [320, 320]
+    assert result.rows["cached"] == 640
+
+
+def test_ngram_speculation(tiny: Any, tmp_path: Path) -> None:
+    model = tiny(4, 2)
+    repeated = [(prompts([40], seed=seed)[0] * 12)[:length] for seed, length in ((2, 300), (3, 431))]
+    wave = both_ways(repeated, max_tokens=12)
+    engine = {
+        "max_num_batched_tokens": 200,
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
+    }
+    result = run_job(tmp_path, model, [wave], engine=engine)
+    assert result.metrics["vllm:spec_decode_num_draft_tokens"] > 0
+    assert_matches_truth(model, wave, result.waves[0])
+    assert result.rows["triangle"] == 300 + 431 - 2 * PATTERN.last_n
+
+
+@pytest.mark.parametrize(
+    ("engine", "env"),
+    [
+        pytest.param(
+            {"tensor_parallel_size": 2}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, id="tp2"
+        ),
+        # Upstream's eager CPU mode breaks with pipeline stages; compiled works.
+        pytest.param(
+            {"pipeline_parallel_size": 2, "enforce_eager": False}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, id="pp2"
+        ),
+    ],
+)
+def test_parallel(engine: dict[str, Any], env: dict[str, str], tiny: Any, tmp_path: Path) -> None:
+    model = tiny(4, 2)
+    wave = both_ways(prompts(BOUNDARIES + LONG))
+    result = run_job(
+        tmp_path, model, [wave], engine={"max_num_batched_tokens": 200, **engine}, env=env, stdout_rows=True
+    )
+    assert_matches_truth(model, wave, result.waves[0])
+    assert result.rows["triangle"] > 0

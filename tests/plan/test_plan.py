@@ -1,0 +1,148 @@
+"""The plan against a brute-force oracle: the keys each query sees, from the rule alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_trimix.patterns.triangle import Triangle
+from vllm_trimix.plan import Plan, Request, Span, build_plan
+
+REASONS = (None, None, None, "opt_out", "prompt_logprobs")
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> tuple[list[int], list[int], list[Request | None], Triangle, int]:
+    """A step: any mix of prefill chunks, decodes, resumed requests, unknown and padding rows."""
+    pattern = Triangle(
+        n_init=draw(st.integers(0, 6)), n_local=draw(st.integers(1, 9)), last_n=draw(st.integers(0, 7))
+    )
+    starts, lens, requests = [0], [], []
+    for _ in range(draw(st.integers(1, 6))):
+        prompt_len = draw(st.integers(1, 40) | st.sampled_from([pattern.dense_len, pattern.dense_len + 1]))
+        num_rows = draw(st.integers(0, 30))
+        position = draw(st.integers(0, prompt_len + 5))
+        starts.append(starts[-1] + num_rows)
+        lens.append(position + num_rows)
+        known = draw(st.booleans()) or draw(st.booleans())
+        requests.append(Request(prompt_len, draw(st.sampled_from(REASONS))) if known else None)
+    return starts, lens, requests, pattern, draw(st.sampled_from([0, 0, 12, 30]))
+
+
+def seen_keys(plan: Plan, starts: list[int], lens: list[int], pattern: Triangle) -> dict[int, set[int]]:
+    """Keys that the plan lets each batch row see: band for triangle spans, causal for dense spans."""
+    seen: dict[int, set[int]] = {}
+    for spans, sparse in ((plan.triangle, True), (plan.dense, False)):
+        for request, first_row, num_rows, position in spans:
+            assert num_rows > 0
+            assert starts[request] <= first_row
+            assert first_row + num_rows <= starts[request + 1]
+            if not sparse:
+                # Pseudo-requests use their request's own key count.
+                assert position + num_rows == lens[request]
+            for row in range(num_rows):
+                i = position + row
+                assert first_row + row not in seen, "a row was planned twice"
+                seen[first_row + row] = {
+                    j for j in range(i + 1) if not sparse or j < pattern.n_init or i - j < pattern.n_local
+                }
+    return seen
+
+
+@settings(max_examples=1500, deadline=None)
+@given(steps())
+def test_every_row_sees_what_the_rule_says(
+    step: tuple[list[int], list[int], list[Request | None], Triangle, int],
+) -> None:
+    starts, lens, requests, pattern, min_prompt_len = step
+    plan = build_plan(starts, lens, requests, pattern=pattern, min_prompt_len=min_prompt_len)
+    seen = seen_keys(plan, starts, lens, pattern)
+    assert sorted(seen) == list(range(starts[-1]))
+    counted = 0
+    for index, request in enumerate(requests):
+        for row in range(starts[index], starts[index + 1]):
+            i = lens[index] - (starts[index + 1] - row)
+            whole = request is None or request.dense_reason is not None or request.prompt_len < min_prompt_len
+            expected = {
+                j
+                for j in range(i + 1)
+                if whole or j < pattern.n_init or i - j < pattern.n_local or i >= request.prompt_len - pattern.last_n
+            }
+            assert seen[row] == expected, (index, i)
+            counted += 1
+    assert sum(plan.rows.values()) == counted
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(1, 60),
+    st.lists(st.integers(1, 20), min_size=1, max_size=20),
+    st.integers(0, 5),
+    st.integers(1, 9),
+    st.integers(0, 9),
+)
+def test_chunking_changes_nothing(
+    prompt_len: int, chunks: list[int], n_init: int, n_local: int, last_n: int
+) -> None:
+    pattern = Triangle(n_init, n_local, last_n)
+
+    def rows(sizes: list[int]) -> list[str]:
+        classes, position = [], 0
+        for size in sizes:
+            size = min(size, prompt_len - position)
+            if size <= 0:
+                break
+            plan = build_plan(
+                [0, size], [position + size], [Request(prompt_len)], pattern=pattern, min_prompt_len=0
+            )
+            chunk = ["dense"] * size
+            for _, first_row, num_rows, _ in plan.triangle:
+                chunk[first_row : first_row + num_rows] = ["triangle"] * num_rows
+            classes += chunk
+            position += size
+        return classes
+
+    whole = rows([prompt_len])
+    cut = rows(chunks)
+    assert cut == whole[: len(cut)]
+
+
+def test_last_rows_are_the_prompts_not_the_chunks() -> None:
+    pattern = Triangle(n_init=2, n_local=4, last_n=8)
+    plan = build_plan([0, 50], [150], [Request(200)], pattern=pattern, min_prompt_len=0)
+    assert plan.triangle == [Span(0, 0, 50, 100)]
+    assert plan.dense == []
+    plan = build_plan([0, 50], [195], [Request(200)], pattern=pattern, min_prompt_len=0)
+    assert plan.triangle == [Span(0, 0, 47, 145)]
+    assert plan.dense == [Span(0, 47, 3, 192)]
+    assert plan.rows == {"triangle": 47, "last_n": 3}
+
+
+def test_resumed_request_recomputes_prompt_rows_under_the_rule_and_generated_rows_densely() -> None:
+    pattern = Triangle(n_init=2, n_local=4, last_n=8)
+    plan = build_plan([0, 120], [120], [Request(100)], pattern=pattern, min_prompt_len=0)
+    assert plan.triangle == [Span(0, 0, 92, 0)]
+    assert plan.dense == [Span(0, 92, 28, 92)]
+    assert plan.rows == {"triangle": 92, "last_n": 8, "decode": 20}
+
+
+@pytest.mark.parametrize(("prompt_len", "sparse"), [(13, False), (14, False), (15, True)])
+def test_prompts_that_the_pattern_cannot_thin_are_dense(prompt_len: int, sparse: bool) -> None:
+    pattern = Triangle(n_init=2, n_local=4, last_n=8)
+    plan = build_plan([0, prompt_len], [prompt_len], [Request(prompt_len)], pattern=pattern, min_prompt_len=0)
+    assert bool(plan.triangle) is sparse
+    positions = torch.arange(prompt_len)
+    hidden = ~pattern.mask(positions, positions, prompt_len) & (positions[:, None] >= positions)
+    assert bool(hidden.any()) is sparse
+
+
+def test_threshold_and_step_reasons_are_counted() -> None:
+    pattern = Triangle(n_init=1, n_local=2, last_n=3)
+    step = ([0, 40, 41], [40, 91], [Request(40), Request(80)])
+    assert build_plan(*step, pattern=pattern, min_prompt_len=41).rows == {"short_prompt": 40, "decode": 1}
+    assert build_plan(*step, pattern=pattern, min_prompt_len=40).rows == {"triangle": 37, "last_n": 3, "decode": 1}
+    plan = build_plan(*step, pattern=pattern, min_prompt_len=0, step_reason="graph_replay")
+    assert plan.rows == {"graph_replay": 40, "decode": 1}
+    assert plan.triangle == []
