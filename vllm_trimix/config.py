@@ -23,6 +23,10 @@ DenseBackend = Literal["FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "CPU_ATTN"]
 DEFAULT_MIN_PROMPT_LEN = 4096
 
 
+class ConfigurationError(Exception):
+    """A server that can't start as configured. No ValueError: vLLM would wrap that in a report of its own."""
+
+
 class TrimixConfig(BaseModel):
     """What users write under ``trimix``. Every key is optional; unset keys come from the preset.
 
@@ -204,7 +208,7 @@ def resolve(
         raise ValueError(
             f"TRIMIX has no preset for model {model!r} and will not guess its layers. Set them, e.g. "
             f"--additional-config '{{\"trimix\": {{\"starting_layer\": {num_layers // 2}}}}}', "
-            "after `vllm-trimix probe` or your own evaluation on this model; or name a preset: "
+            "after an evaluation on this model (README, 'Choosing layers'); or name a preset: "
             '{"trimix": {"preset": NAME}}'
         )
 

@@ -77,7 +77,7 @@ def test_preempted_and_resumed(tiny: Any, tmp_path: Path) -> None:
     lengths = [200, 190, 180, 170]
     wave = both_ways(prompts(lengths), max_tokens=64)
     # 56 pages of 32 tokens hold about seven of the eight finished requests.
-    engine = {"max_num_batched_tokens": 200, "num_gpu_blocks_override": 57}
+    engine = {"max_num_batched_tokens": 200, "num_gpu_blocks_override": 57, "max_model_len": 512}
     result = run_job(tmp_path, model, [wave], engine=engine)
     assert result.metrics["vllm:num_preemptions"] > 0
     assert_matches_truth(model, wave, result.waves[0])
@@ -105,7 +105,7 @@ def test_ngram_speculation(tiny: Any, tmp_path: Path) -> None:
     wave = both_ways(repeated, max_tokens=12)
     engine = {
         "max_num_batched_tokens": 200,
-        "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1},
     }
     result = run_job(tmp_path, model, [wave], engine=engine)
     assert result.metrics["vllm:spec_decode_num_draft_tokens"] > 0
@@ -121,7 +121,9 @@ def test_ngram_speculation(tiny: Any, tmp_path: Path) -> None:
         ),
         # Upstream's eager CPU mode breaks with pipeline stages; compiled works.
         pytest.param(
-            {"pipeline_parallel_size": 2, "enforce_eager": False}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, id="pp2"
+            {"pipeline_parallel_size": 2, "enforce_eager": False},
+            {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CPU_CI_ENV": "1"},
+            id="pp2",
         ),
     ],
 )

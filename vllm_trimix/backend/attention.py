@@ -8,7 +8,6 @@ stays theirs, in every version of vLLM.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import AttentionBackend
@@ -18,15 +17,6 @@ from vllm_trimix.backend.impl import TrimixImpl
 from vllm_trimix.backend.registration import NAME
 
 DENSE_BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "CPU_ATTN")
-
-# What the plan can't follow; the selector names each flag in its configuration.
-UNSUPPORTED = {
-    "use_pcp": "prefill context parallelism",
-    "use_dcp": "decode context parallelism",
-    "use_batch_invariant": "batch-invariant mode",
-    "use_adaptive_verification": "adaptive verification of draft tokens",
-    "use_rswa": "reference sliding-window attention (R-SWA)",
-}
 
 
 class TrimixBackend(AttentionBackend):
@@ -58,18 +48,17 @@ class TrimixBackend(AttentionBackend):
         return False
 
 
-def compose(dense_path: str, selector_config: Any) -> str:
+def compose(dense_path: str) -> str:
     """Builds on a dense backend.
 
     Args:
         dense_path: Qualified name of the dense backend's class, as the platform chose it.
-        selector_config: vLLM's ``AttentionSelectorConfig`` of the layer.
 
     Returns:
         Qualified name of the composed class, an attribute of this module.
 
     Raises:
-        ValueError: The dense backend or a requested feature can't be built on.
+        ValueError: The dense backend can't be built on.
     """
     dense: type[AttentionBackend] = resolve_obj_by_qualname(dense_path)
     if dense.get_name() not in DENSE_BACKENDS or dense.forward_includes_kv_cache_update:
@@ -77,11 +66,6 @@ def compose(dense_path: str, selector_config: Any) -> str:
             f"TRIMIX can't build on {dense.get_name()}, the platform's choice for this model; "
             f"it builds on {', '.join(DENSE_BACKENDS)}. Force one with "
             '--additional-config \'{"trimix": {"dense_backend": ...}}\', or leave --attention-backend unset'
-        )
-    asked = [text for flag, text in UNSUPPORTED.items() if getattr(selector_config, flag, False)]
-    if asked:
-        raise ValueError(
-            f"TRIMIX does not support {', '.join(asked)}. Turn it off, or leave --attention-backend unset"
         )
     composed = _compose(dense)
     return f"{composed.__module__}.{composed.__qualname__}"
@@ -91,13 +75,21 @@ def compose(dense_path: str, selector_config: Any) -> str:
 def _compose(dense: type[AttentionBackend]) -> type[AttentionBackend]:
     # Model code and metadata builders of the dense backend recognise its classes by isinstance.
     name = f"Trimix{dense.__name__}"
-    impl = type(f"{name}Impl", (TrimixImpl, dense.get_impl_cls()), {"__module__": __name__})
+    kernel = "torch_cpu" if dense.get_name() == "CPU_ATTN" else "triton"
+    impl = type(
+        f"{name}Impl", (TrimixImpl, dense.get_impl_cls()), {"__module__": __name__, "trimix_kernel": kernel}
+    )
     dense_builder = dense.get_builder_cls()
     mixin = SharedWorkspace if hasattr(dense_builder, "set_workspace_buffer") else TrimixBuilder
     builder = type(
         f"{name}Builder",
         (mixin, dense_builder),
-        {"__module__": __name__, "dense_builder_cls": dense_builder, "dense_name": dense.get_name()},
+        {
+            "__module__": __name__,
+            "dense_builder_cls": dense_builder,
+            "dense_name": dense.get_name(),
+            "trimix_kernel": kernel,
+        },
     )
     composed = type(
         name,

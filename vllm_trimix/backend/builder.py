@@ -44,6 +44,7 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
 
     dense_builder_cls: ClassVar[type[AttentionMetadataBuilder[Any]]]
     dense_name: ClassVar[str]
+    trimix_kernel: ClassVar[str]
     # A metadata object built for one KV-cache group must not be reused for another: it carries that group's plan.
     supports_update_block_table = False
 
@@ -82,7 +83,7 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
             impls.append(impl)
         if impls:
             announce.start_line(
-                self.vllm_config, self.resolved, dense=self.dense_name, kernel=impls[0].trimix_kernel_name, stock=stock
+                self.vllm_config, self.resolved, dense=self.dense_name, kernel=self.trimix_kernel, stock=stock
             )
         return impls
 
@@ -136,7 +137,7 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
         mode = self.vllm_config.compilation_config.cudagraph_mode
         if (
             common.max_query_len <= self._decode_query_len
-            and self.device.type != "cpu"
+            and self.trimix_kernel != "torch_cpu"
             and mode is not None
             and mode.has_full_cudagraphs()
         ):
@@ -152,7 +153,7 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
     def _step_plan(self, plan: Plan, step: requests.Step, common: CommonAttentionMetadata) -> StepPlan:
         dense_rows, dense_metadata = self._dense_remainder(plan.dense, common)
         tiles = None
-        if self.device.type != "cpu":
+        if self.trimix_kernel != "torch_cpu":
             tiles = cut_tiles(plan.triangle, self._tile_rows).to(self.device, non_blocking=True)
         return StepPlan(
             spans=plan.triangle,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl
 
 from vllm_trimix.backend import settings
@@ -37,10 +38,12 @@ class TrimixImpl(AttentionImpl[Any]):
     """Mixed in before the dense backend's implementation.
 
     Attributes:
+        trimix_kernel: ``torch_cpu`` on the CPU's dense backend, else ``triton``; set when composed.
         trimix_active: Whether this layer is in the triangle set and eligible; set by the metadata builder.
         trimix_dense_reason: Why this layer can never be sparse, or None.
     """
 
+    trimix_kernel: ClassVar[str]
     # The plan follows neither context parallelism nor partial softmaxes.
     supports_pcp = False
     supports_dcp = False
@@ -49,25 +52,21 @@ class TrimixImpl(AttentionImpl[Any]):
         super().__init__(*args, **kwargs)
         given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
         self.trimix_active = False
-        self.trimix_dense_reason = _dense_reason(given)
+        self.trimix_dense_reason = _dense_reason(given, self.trimix_kernel)
         self._triangle = settings.current().triangle
+        self._dtype_size = get_current_vllm_config().model_config.dtype.itemsize
         self._kv_cache_dtype = str(given.get("kv_cache_dtype", "auto"))
         self._soft_cap = float(given.get("logits_soft_cap") or 0.0)
         self._cpu_layouts: tuple[torch_cpu.PageLayout, torch_cpu.PageLayout] | None = None
 
-    @property
-    def trimix_kernel_name(self) -> str:
-        """The triangle kernel of this device."""
-        return "torch_cpu" if _on_cpu() else "triton"
-
     def trimix_tile_rows(self) -> int:
         """Query rows of one kernel tile; 0 where the kernel cuts its own."""
-        if _on_cpu():
+        if self.trimix_kernel == "torch_cpu":
             return 0
         from vllm_trimix.kernels.triton_triangle import tile_rows_for
 
-        element_size = 1 if self._kv_cache_dtype in _FP8_VIEWS else 2
-        return tile_rows_for(self.num_heads, self.num_kv_heads, self.head_size, element_size)
+        # Quantised queries are computed in 16 bits, whose largest tile is no smaller than the model dtype's.
+        return tile_rows_for(self.num_heads, self.num_kv_heads, self.head_size, self._dtype_size)
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """False: a split layer writes its output in two places."""
@@ -93,7 +92,7 @@ class TrimixImpl(AttentionImpl[Any]):
             )
         if step.dense_rows is not None:
             self._forward_dense(layer, query, key, value, kv_cache, step, output)
-        kernel = self._forward_cpu if query.device.type == "cpu" else self._forward_cuda
+        kernel = self._forward_cpu if self.trimix_kernel == "torch_cpu" else self._forward_triton
         kernel(layer, query, kv_cache, step, output)
         step.stats.triangle_layer_rows += sum(span.num_rows for span in step.spans)
         return output
@@ -152,7 +151,7 @@ class TrimixImpl(AttentionImpl[Any]):
             out=output,
         )
 
-    def _forward_cuda(
+    def _forward_triton(
         self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, step: StepPlan, output: torch.Tensor
     ) -> None:
         from vllm_trimix.kernels import triton_triangle
@@ -179,7 +178,7 @@ class TrimixImpl(AttentionImpl[Any]):
         )
 
 
-def _dense_reason(given: dict[str, Any]) -> str | None:
+def _dense_reason(given: dict[str, Any], kernel: str) -> str | None:
     """Why a layer built with these arguments can never be sparse, or None."""
     if given.get("sliding_window") is not None:
         return "sliding_window"
@@ -191,15 +190,9 @@ def _dense_reason(given: dict[str, Any]) -> str | None:
         return "not_decoder"
     if given.get("kv_sharing_target_layer_name") is not None:
         return "kv_sharing"
-    if _on_cpu():
+    if kernel == "torch_cpu":
         if given.get("logits_soft_cap"):
             return "soft_cap"
         if str(given.get("kv_cache_dtype", "auto")) in _FP8_VIEWS:
             return "fp8_kv_on_cpu"
     return None
-
-
-def _on_cpu() -> bool:
-    from vllm.platforms import current_platform
-
-    return bool(current_platform.is_cpu())

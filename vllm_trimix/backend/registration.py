@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_trimix.backend import compat
+from vllm_trimix.config import ConfigurationError
 
 NAME = "TRIMIX"
 CLASS_PATH = "vllm_trimix.backend.attention.TrimixBackend"
@@ -64,12 +65,15 @@ def _checked_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def check_and_update_config(cls: type, vllm_config: Any) -> None:
         selected = uses_trimix(vllm_config)
         if selected and (reason := compat.unsupported_reason()):
-            raise ValueError(reason)
+            raise ConfigurationError(reason)
         original(cls, vllm_config)
         if selected:
             from vllm_trimix.backend import admission, settings
 
-            settings.resolve_into(vllm_config)
+            try:
+                settings.resolve_into(vllm_config)
+            except ValueError as error:
+                raise ConfigurationError(str(error)) from None
             admission.install()
         elif isinstance(vllm_config.additional_config, dict) and "trimix" in vllm_config.additional_config:
             logger.warning_once(
@@ -90,12 +94,6 @@ def _composed_backend(original: Callable[..., Any]) -> Callable[..., Any]:
 
         forced = settings.current().dense_backend
         dense = AttentionBackendEnum[forced] if forced else None
-        if dense is not None and cls.__name__.startswith("Cpu") != (forced == "CPU_ATTN"):
-            raise ValueError(
-                f"trimix.dense_backend: {forced!r} does not run on this platform ({cls.__name__}); "
-                "remove it to build on the platform's own backend"
-            )
-        path = original(cls, dense, attn_selector_config, num_heads)
-        return attention.compose(path, attn_selector_config)
+        return attention.compose(original(cls, dense, attn_selector_config, num_heads))
 
     return get_attn_backend_cls

@@ -32,6 +32,7 @@ def resolve_into(vllm_config: Any) -> None:
     if RESOLVED in additional or vllm_config.model_config is None:
         return
     _check_model(vllm_config)
+    _check_features(vllm_config)
     model_config = vllm_config.model_config
     hf_config = model_config.hf_config
     resolved = resolve(
@@ -41,6 +42,7 @@ def resolve_into(vllm_config: Any) -> None:
         model_entry=getattr(hf_config, ENTRY, None),
     )
     _check_layers(resolved, model_config)
+    _check_dense_backend(resolved)
     vllm_config.additional_config = {**additional, RESOLVED: resolved.model_dump(mode="json")}
 
 
@@ -85,6 +87,36 @@ def _check_model(vllm_config: Any) -> None:
     if kv_dtype not in KV_CACHE_DTYPES:
         raise ValueError(
             f"TRIMIX does not support --kv-cache-dtype {kv_dtype}; choose one of {', '.join(KV_CACHE_DTYPES)}"
+        )
+
+
+def _check_features(vllm_config: Any) -> None:
+    """Refuses what the plan can't follow."""
+    import vllm.envs as envs
+
+    parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
+    asked = {
+        "--prefill-context-parallel-size": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "--decode-context-parallel-size": getattr(parallel, "decode_context_parallel_size", 1) > 1,
+        "VLLM_BATCH_INVARIANT": envs.VLLM_BATCH_INVARIANT,
+        "adaptive verification of draft tokens": getattr(speculative, "enable_adaptive_verification", False),
+        "R-SWA models": getattr(vllm_config.model_config, "rswa_window", None) is not None,
+    }
+    found = [name for name, on in asked.items() if on]
+    if found:
+        raise ValueError(
+            f"TRIMIX does not support {', '.join(found)}. Turn it off, or leave --attention-backend unset"
+        )
+
+
+def _check_dense_backend(resolved: Resolved) -> None:
+    from vllm.platforms import current_platform
+
+    forced = resolved.dense_backend
+    if forced is not None and current_platform.is_cpu() != (forced == "CPU_ATTN"):
+        raise ValueError(
+            f"trimix.dense_backend: {forced!r} does not run on this platform ({current_platform.device_name}); "
+            "remove it to build on the platform's own backend"
         )
 
 

