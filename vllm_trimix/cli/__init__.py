@@ -1,0 +1,1 @@
+"""The ``vllm-trimix`` command, one file per subcommand."""
