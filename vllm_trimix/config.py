@@ -93,7 +93,7 @@ def parse_config(raw: object) -> TrimixConfig:
     """
     if not isinstance(raw, dict):
         raise ValueError(
-            f"trimix: expected a JSON object such as {{\"starting_layer\": 16}}, got {type(raw).__name__} {raw!r}"
+            f'trimix: expected a JSON object such as {{"starting_layer": 16}}, got {type(raw).__name__} {raw!r}'
         )
     try:
         config = TrimixConfig.model_validate(raw)
@@ -125,7 +125,7 @@ def _explain(raw: dict[str, Any], item: dict[str, Any]) -> str:
         did_you_mean = f"; did you mean '{hint}'?" if hint else ""
         return f"unknown key '{key}' in trimix config{did_you_mean} (valid: {', '.join(valid)})"
     if key == "layers":
-        return f"trimix.layers: {raw[key]!r} is not a layer list; write e.g. \"16-31\", \"5,7,10,15-35\" or [5, 7]"
+        return f'trimix.layers: {raw[key]!r} is not a layer list; write e.g. "16-31", "5,7,10,15-35" or [5, 7]'
     message = str(item["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
     return f"trimix.{key}: {raw[key]!r} is not valid: should be {message}"
 
@@ -149,7 +149,7 @@ def parse_layers(spec: str | Iterable[int | str], *, num_layers: int) -> tuple[i
         first, dash, last = text.partition("-")
         if isinstance(item, bool) or not first.isdecimal() or (dash and not last.isdecimal()):
             raise ValueError(
-                f"trimix.layers: {text!r} in {spec!r} is not a layer or a range; write e.g. \"16-31\" or \"5,7,10,15-35\""
+                f'trimix.layers: {text!r} in {spec!r} is not a layer or a range; write e.g. "16-31" or "5,7,10,15-35"'
             )
         low, high = int(first), int(last or first)
         if high < low:
@@ -172,9 +172,7 @@ def format_layers(layers: Collection[int]) -> str:
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "none"
 
 
-def resolve(
-    raw: object, *, model: str, num_layers: int, model_entry: object = None
-) -> Resolved:
+def resolve(raw: object, *, model: str, num_layers: int, model_entry: object = None) -> Resolved:
     """Merges the user's entry with a preset into what runs.
 
     A preset is, in this order: ``preset`` in the entry (name or file), the ``trimix`` entry of the model's own
@@ -207,7 +205,7 @@ def resolve(
     else:
         raise ValueError(
             f"TRIMIX has no preset for model {model!r} and will not guess its layers. Set them, e.g. "
-            f"--additional-config '{{\"trimix\": {{\"starting_layer\": {num_layers // 2}}}}}', "
+            f'--additional-config \'{{"trimix": {{"starting_layer": {num_layers // 2}}}}}\', '
             "after an evaluation on this model (README, 'Choosing layers'); or name a preset: "
             '{"trimix": {"preset": NAME}}'
         )

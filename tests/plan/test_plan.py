@@ -16,9 +16,7 @@ REASONS = (None, None, None, "opt_out", "prompt_logprobs")
 @st.composite
 def steps(draw: st.DrawFn) -> tuple[list[int], list[int], list[Request | None], Triangle, int]:
     """A step: any mix of prefill chunks, decodes, resumed requests, unknown and padding rows."""
-    pattern = Triangle(
-        n_init=draw(st.integers(0, 6)), n_local=draw(st.integers(1, 9)), last_n=draw(st.integers(0, 7))
-    )
+    pattern = Triangle(n_init=draw(st.integers(0, 6)), n_local=draw(st.integers(1, 9)), last_n=draw(st.integers(0, 7)))
     starts, lens, requests = [0], [], []
     for _ in range(draw(st.integers(1, 6))):
         prompt_len = draw(st.integers(1, 40) | st.sampled_from([pattern.dense_len, pattern.dense_len + 1]))
@@ -83,9 +81,7 @@ def test_every_row_sees_what_the_rule_says(
     st.integers(1, 9),
     st.integers(0, 9),
 )
-def test_chunking_changes_nothing(
-    prompt_len: int, chunks: list[int], n_init: int, n_local: int, last_n: int
-) -> None:
+def test_chunking_changes_nothing(prompt_len: int, chunks: list[int], n_init: int, n_local: int, last_n: int) -> None:
     pattern = Triangle(n_init, n_local, last_n)
 
     def rows(sizes: list[int]) -> list[str]:
@@ -94,9 +90,7 @@ def test_chunking_changes_nothing(
             size = min(size, prompt_len - position)
             if size <= 0:
                 break
-            plan = build_plan(
-                [0, size], [position + size], [Request(prompt_len)], pattern=pattern, min_prompt_len=0
-            )
+            plan = build_plan([0, size], [position + size], [Request(prompt_len)], pattern=pattern, min_prompt_len=0)
             chunk = ["dense"] * size
             for _, first_row, num_rows, _ in plan.triangle:
                 chunk[first_row : first_row + num_rows] = ["triangle"] * num_rows

@@ -52,9 +52,7 @@ class Server:
         """One greedy completion; returns ``text``, ``prompt_tokens``, ``cached_tokens``."""
         if trimix is not None:
             body["vllm_xargs"] = {"trimix": trimix}
-        response = self.post(
-            "/v1/completions", {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **body}
-        )
+        response = self.post("/v1/completions", {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **body})
         assert response.status_code == 200, response.text
         answer = response.json()
         return {

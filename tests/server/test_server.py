@@ -139,9 +139,7 @@ def test_edges_are_stock(server: Server) -> None:
 def test_a_client_that_leaves_in_mid_prefill(server: Server) -> None:
     document = make_demo_prompt(tokens=16000, hops=2, seed=41).prompt
     with pytest.raises(httpx.ReadTimeout):
-        server.client.post(
-            "/v1/completions", json={"model": "demo", "prompt": document, "max_tokens": 64}, timeout=0.3
-        )
+        server.client.post("/v1/completions", json={"model": "demo", "prompt": document, "max_tokens": 64}, timeout=0.3)
     prompt = make_demo_prompt(tokens=2100, hops=2, seed=42)
     assert server.complete(prompt.prompt)["text"] == prompt.answer
     deadline = time.monotonic() + 30

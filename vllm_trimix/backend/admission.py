@@ -52,7 +52,8 @@ def check_extra_args(extra_args: dict[str, Any] | None) -> None:
         )
     if KEY in extra_args and extra_args[KEY] not in ALLOWED:
         raise VLLMValidationError(
-            f"vllm_xargs.{KEY}: {extra_args[KEY]!r} is not valid; allowed values: 'on' (default), 'off' (dense prefill)",
+            f"vllm_xargs.{KEY}: {extra_args[KEY]!r} is not valid; "
+            "allowed values: 'on' (default), 'off' (dense prefill)",
             parameter="vllm_xargs",
             value=extra_args[KEY],
         )

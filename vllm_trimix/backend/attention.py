@@ -8,6 +8,7 @@ stays theirs, in every version of vLLM.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import AttentionBackend
@@ -60,7 +61,7 @@ def compose(dense_path: str) -> str:
     Raises:
         ValueError: The dense backend can't be built on.
     """
-    dense: type[AttentionBackend] = resolve_obj_by_qualname(dense_path)
+    dense: Any = resolve_obj_by_qualname(dense_path)
     if dense.get_name() not in DENSE_BACKENDS or dense.forward_includes_kv_cache_update:
         raise ValueError(
             f"TRIMIX can't build on {dense.get_name()}, the platform's choice for this model; "
@@ -76,9 +77,7 @@ def _compose(dense: type[AttentionBackend]) -> type[AttentionBackend]:
     # Model code and metadata builders of the dense backend recognise its classes by isinstance.
     name = f"Trimix{dense.__name__}"
     kernel = "torch_cpu" if dense.get_name() == "CPU_ATTN" else "triton"
-    impl = type(
-        f"{name}Impl", (TrimixImpl, dense.get_impl_cls()), {"__module__": __name__, "trimix_kernel": kernel}
-    )
+    impl = type(f"{name}Impl", (TrimixImpl, dense.get_impl_cls()), {"__module__": __name__, "trimix_kernel": kernel})
     dense_builder = dense.get_builder_cls()
     mixin = SharedWorkspace if hasattr(dense_builder, "set_workspace_buffer") else TrimixBuilder
     builder = type(

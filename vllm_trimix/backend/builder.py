@@ -71,7 +71,7 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
         context = self.vllm_config.compilation_config.static_forward_context
         impls, stock = [], {}
         for name in layer_names:
-            impl = getattr(context[name], "impl", None)
+            impl: Any = getattr(context[name], "impl", None)
             if not hasattr(impl, "trimix_active"):
                 continue
             layer = extract_layer_index(name)
@@ -222,17 +222,17 @@ class SharedWorkspace(TrimixBuilder):
     """
 
     def _get_workspace_buffer(self) -> Any:
-        workspace = super()._get_workspace_buffer()  # type: ignore[misc]
+        workspace = super()._get_workspace_buffer()
         self._share(workspace)
         return workspace
 
     def set_workspace_buffer(self, workspace_buffer: Any) -> None:
-        super().set_workspace_buffer(workspace_buffer)  # type: ignore[misc]
+        super().set_workspace_buffer(workspace_buffer)
         self._share(workspace_buffer)
 
     def _share(self, workspace: Any) -> None:
         if self._dense_builder is not None:
-            self._dense_builder.set_workspace_buffer(workspace)  # type: ignore[attr-defined]
+            self._dense_builder.set_workspace_buffer(workspace)
 
 
 def cut_tiles(spans: list[Span], tile_rows: int) -> torch.Tensor:

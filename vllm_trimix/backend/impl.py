@@ -87,7 +87,7 @@ class TrimixImpl(AttentionImpl[Any]):
         """Attention of one layer; see vLLM's ``AttentionImpl.forward`` for shapes."""
         step: StepPlan | None = getattr(attn_metadata, "trimix", None)
         if step is None or not self.trimix_active:
-            return super().forward(  # type: ignore[safe-super]
+            return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
         if step.dense_rows is not None:
@@ -110,11 +110,11 @@ class TrimixImpl(AttentionImpl[Any]):
         """The dense remainder, as a batch of its own: a view when its rows are contiguous, else gathered."""
         rows = step.dense_rows
         part = output[rows]
-        super().forward(  # type: ignore[safe-super]
+        super().forward(
             layer,
             query[rows],
-            None if key is None else key[rows],  # type: ignore[arg-type]
-            None if value is None else value[rows],  # type: ignore[arg-type]
+            None if key is None else key[rows],
+            None if value is None else value[rows],
             kv_cache,
             step.dense_metadata,
             part,
@@ -160,6 +160,7 @@ class TrimixImpl(AttentionImpl[Any]):
         if fp8 is not None and kv_cache.dtype != fp8:
             kv_cache = kv_cache.view(fp8)
         k_cache, v_cache = kv_cache.split(self.head_size, dim=-1)
+        assert step.tiles is not None
         triton_triangle.triangle_prefill(
             query,
             k_cache,

@@ -45,7 +45,7 @@ def _register_member() -> None:
         AttentionBackendEnum._value2member_map_[CLASS_PATH] = member
         AttentionBackendEnum._member_names_.append(NAME)
     # Looked up on the instance by copyreg; the default would unpickle by value, unknown in a fresh process.
-    member.__reduce_ex__ = lambda protocol: (restore_member, ())  # type: ignore[method-assign,assignment]
+    member.__reduce_ex__ = lambda protocol: (restore_member, ())
 
 
 def restore_member() -> AttentionBackendEnum:

@@ -27,7 +27,7 @@ def resolve_into(vllm_config: Any) -> None:
     if not isinstance(additional, dict):
         raise ValueError(
             f"TRIMIX reads --additional-config as a JSON object; got {type(additional).__name__}. "
-            "Pass e.g. '{\"trimix\": {\"starting_layer\": 16}}'"
+            'Pass e.g. \'{"trimix": {"starting_layer": 16}}\''
         )
     if RESOLVED in additional or vllm_config.model_config is None:
         return
@@ -104,9 +104,7 @@ def _check_features(vllm_config: Any) -> None:
     }
     found = [name for name, on in asked.items() if on]
     if found:
-        raise ValueError(
-            f"TRIMIX does not support {', '.join(found)}. Turn it off, or leave --attention-backend unset"
-        )
+        raise ValueError(f"TRIMIX does not support {', '.join(found)}. Turn it off, or leave --attention-backend unset")
 
 
 def _check_dense_backend(resolved: Resolved) -> None:

@@ -18,7 +18,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds the command."""
     parser = subparsers.add_parser("doctor", help="check the installation, and say what would run for a model")
     parser.add_argument("model", nargs="?", help="HF id or path; says which layers and kernels would run")
-    parser.add_argument("--config", metavar="JSON", help="the trimix entry, as in --additional-config '{\"trimix\": JSON}'")
+    parser.add_argument("--config", metavar="JSON", help="the trimix entry, e.g. '{\"starting_layer\": 16}'")
     parser.set_defaults(run=run)
 
 
@@ -60,7 +60,7 @@ def _versions() -> str:
 
 def _plugin() -> str:
     """The entry point is installed and not filtered out."""
-    points = [point for point in importlib.metadata.entry_points(group="vllm.general_plugins") if point.name == "trimix"]
+    points = list(importlib.metadata.entry_points(group="vllm.general_plugins", name="trimix"))
     if not points:
         raise RuntimeError("entry point vllm.general_plugins:trimix not found; reinstall with pip install vllm-trimix")
     allowed = os.environ.get("VLLM_PLUGINS")
