@@ -1,0 +1,1 @@
+"""Models and prompts with known answers, made on the spot: no training, no download."""
