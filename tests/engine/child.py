@@ -23,6 +23,23 @@ def counters(llm: object) -> dict[str, float]:
     return {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
 
 
+def refused(llm: object, extra_args: dict[str, object]) -> str:
+    """What ``LLM.generate`` says to these arguments, whether they are set at construction or smuggled in later."""
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    said = []
+    for smuggled in (False, True):
+        try:
+            params = SamplingParams(max_tokens=1, detokenize=False, extra_args=None if smuggled else extra_args)
+            params.extra_args = extra_args
+            llm.generate([{"prompt_token_ids": [5, 6, 7]}], params, use_tqdm=False)
+            said.append("accepted")
+        except VLLMValidationError as error:
+            said.append(str(error))
+    return said[0] if said[0] == said[1] else f"{said[0]} BUT {said[1]}"
+
+
 def main() -> None:
     job = json.load(sys.stdin)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -70,8 +87,9 @@ def main() -> None:
                 for output in outputs
             ]
         )
+    refusals = [refused(llm, extra_args) for extra_args in job.get("bad_extra_args", [])]
     with open(sys.argv[1], "w") as file:
-        json.dump({"waves": waves, "stats": totals(), "metrics": counters(llm)}, file)
+        json.dump({"waves": waves, "stats": totals(), "metrics": counters(llm), "refusals": refusals}, file)
 
 
 if __name__ == "__main__":

@@ -37,12 +37,14 @@ class Result:
         rows: Query rows by class, over the whole run.
         metrics: vLLM's own counters.
         log: Everything the engine printed.
+        refusals: What the engine said to each of the ``bad_extra_args``.
     """
 
     waves: list[list[dict[str, Any]]]
     rows: Counter[str]
     metrics: dict[str, float]
     log: str
+    refusals: list[str]
 
 
 def run_job(
@@ -54,6 +56,7 @@ def run_job(
     trimix: dict[str, Any] | None = None,
     env: dict[str, str] | None = None,
     stdout_rows: bool = False,
+    bad_extra_args: list[dict[str, Any]] | None = None,
 ) -> Result:
     """Runs one engine over the waves.
 
@@ -65,9 +68,10 @@ def run_job(
         trimix: ``trimix`` keys on top of ``CONFIG``.
         env: Environment of the engine.
         stdout_rows: Read the counters from the log lines: workers are other processes.
+        bad_extra_args: Arguments to try after the waves, expecting a refusal.
     """
     engine = {"additional_config": {"trimix": {**CONFIG, **(trimix or {})}}, **(engine or {}), "model": str(model)}
-    job = {"engine": engine, "waves": waves, "env": env or {}}
+    job = {"engine": engine, "waves": waves, "env": env or {}, "bad_extra_args": bad_extra_args or []}
     out = tmp_path / "result.json"
     process = subprocess.run(
         [sys.executable, "-m", "tests.engine.child", str(out)],
@@ -85,7 +89,7 @@ def run_job(
     rows: Counter[str] = Counter()
     for totals in logged_rows(log) if stdout_rows else result["stats"]:
         rows.update(totals)
-    return Result(result["waves"], rows, result["metrics"], log)
+    return Result(result["waves"], rows, result["metrics"], log, result["refusals"])
 
 
 def logged_rows(log: str) -> list[dict[str, int]]:

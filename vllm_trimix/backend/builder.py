@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
@@ -175,22 +176,19 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
         if not spans:
             return None, None
         assert self._dense_builder is not None
-        starts = [0]
-        for span in spans:
-            starts.append(starts[-1] + span.num_rows)
-        query_start_loc_cpu = torch.tensor(starts, dtype=torch.int32)
-        first, last = spans[0], spans[-1]
-        contiguous = last.first_row + last.num_rows - first.first_row == starts[-1]
-        rows_cpu = (
-            None
-            if contiguous
-            else torch.cat([torch.arange(span.first_row, span.first_row + span.num_rows) for span in spans])
-        )
-        requests_cpu = torch.tensor([span.request for span in spans], dtype=torch.int64)
+        table = np.array(spans, dtype=np.int64)
+        indices, first_rows, num_rows = table[:, 0], table[:, 1], table[:, 2]
+        starts = np.zeros(len(spans) + 1, dtype=np.int32)
+        np.cumsum(num_rows, out=starts[1:])
+        total = int(starts[-1])
+        query_start_loc_cpu = torch.from_numpy(starts)
+        requests_cpu = torch.from_numpy(np.ascontiguousarray(indices))
         query_start_loc = query_start_loc_cpu.to(self.device, non_blocking=True)
         index = requests_cpu.to(self.device, non_blocking=True)
-        rows = slice(first.first_row, first.first_row + starts[-1])
-        selection = rows if rows_cpu is None else rows_cpu.to(self.device, non_blocking=True)
+        selection: slice | torch.Tensor = slice(spans[0].first_row, spans[0].first_row + total)
+        if spans[-1].first_row + spans[-1].num_rows != selection.stop:
+            rows = np.repeat(first_rows - starts[:-1], num_rows) + np.arange(total)
+            selection = torch.from_numpy(rows).to(self.device, non_blocking=True)
         bound = common.seq_lens_cpu_upper_bound
         assert bound is not None
         bound = bound[requests_cpu]
@@ -200,14 +198,14 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
             seq_lens=common.seq_lens[index],
             seq_lens_cpu_upper_bound=bound,
             num_reqs=len(spans),
-            num_actual_tokens=starts[-1],
-            max_query_len=max(span.num_rows for span in spans),
+            num_actual_tokens=total,
+            max_query_len=int(num_rows.max()),
             max_seq_len=int(bound.max()),
             block_table_tensor=common.block_table_tensor[index],
             slot_mapping=common.slot_mapping[selection],
             positions=None if common.positions is None else common.positions[selection],
             is_prefilling=None if common.is_prefilling is None else common.is_prefilling[requests_cpu],
-            req_idx=None if common.req_idx is None else common.req_idx[requests_cpu.numpy()],
+            req_idx=None if common.req_idx is None else common.req_idx[indices],
             mm_req_doc_ranges=None,
             _num_computed_tokens_cache=None,
             _token_to_req_indices_cache=None,

@@ -1,0 +1,47 @@
+"""Where nothing may be sparse, TRIMIX is stock vLLM: token for token, bit for bit; and what the Python API refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.models import save_tiny_llama
+from tests.engine.run import Result, run_job
+from tests.engine.test_logprobs import prompts
+
+LENGTHS = [1, 60, 130, 500]
+BAD = [{"trimix": "of"}, {"trimix": True}, {"trimix": None}, {"trimix_dense": "opt_out"}]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny") / "model", num_heads=4, num_kv_heads=2)
+
+
+def run(model: Path, tmp_path: Path, trimix: dict[str, Any] | None) -> Result:
+    wave = [{"prompt": prompt, "max_tokens": 12} for prompt in prompts(LENGTHS)]
+    engine: dict[str, Any] = {"max_num_batched_tokens": 200, "dtype": "bfloat16"}
+    if trimix is None:
+        engine |= {"attention_backend": "CPU_ATTN", "additional_config": {}}
+    return run_job(tmp_path, model, [wave], engine=engine, trimix=trimix, bad_extra_args=BAD)
+
+
+def test_below_the_threshold_and_with_an_empty_set(model: Path, tmp_path: Path) -> None:
+    stock = run(model, tmp_path, None)
+    assert stock.rows == {}
+    assert stock.refusals == ["accepted"] * len(BAD)
+    below = run(model, tmp_path, {"min_prompt_len": 501})
+    assert below.rows["triangle"] == 0
+    assert below.rows["short_prompt"] == sum(LENGTHS)
+    empty = run(model, tmp_path, {"starting_layer": None, "layers": ""})
+    assert empty.rows["triangle_layer_rows"] == 0
+    assert below.waves == empty.waves == stock.waves
+    sparse = run(model, tmp_path, {})
+    assert sparse.rows["triangle"] > 0
+    assert sparse.waves != stock.waves, "the mask changed nothing: this test proves nothing"
+    for result in (below, empty, sparse):
+        assert all("allowed values: 'on' (default), 'off'" in refusal for refusal in result.refusals[:3])
+        assert "trimix_dense is internal" in result.refusals[3]
+        assert " BUT " not in "".join(result.refusals)
