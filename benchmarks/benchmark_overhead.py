@@ -30,6 +30,11 @@ from vllm_trimix.cli.main import main as trimix_cli
 from vllm_trimix.plan import Request
 
 
+def _no_metadata(*_: object) -> SimpleNamespace:
+    """In place of the dense backend's builds."""
+    return SimpleNamespace()
+
+
 def plan_time(model: Path, *, num_requests: int = 64, num_prefill: int = 4, repeats: int = 2000) -> dict[str, float]:
     """Time of our part of building one step's metadata, in microseconds.
 
@@ -76,7 +81,7 @@ def plan_time(model: Path, *, num_requests: int = 64, num_prefill: int = 4, repe
     samples = []
     with (
         mock.patch.object(requests, "_current", step),
-        mock.patch.object(builder.dense_builder_cls, "build", lambda *_: SimpleNamespace()),
+        mock.patch.object(builder.dense_builder_cls, "build", side_effect=_no_metadata),
     ):
         for _ in range(repeats):
             step.planned = False

@@ -1,4 +1,4 @@
-"""What stops a server from starting, and what only warns: real vLLM configurations, made as the front end makes them."""
+"""What stops a server from starting, and what only warns: real configurations, made as vLLM's front end makes them."""
 
 from __future__ import annotations
 

@@ -77,10 +77,11 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
                 continue
             layer = extract_layer_index(name)
             if layer in self.resolved.layers:
-                if impl.trimix_dense_reason is None:
+                reason = impl.trimix_dense_reason or _scales_reason(context[name])
+                if reason is None:
                     impl.trimix_active = True
                 else:
-                    stock[layer] = impl.trimix_dense_reason
+                    stock[layer] = reason
             impls.append(impl)
         if impls:
             announce.start_line(
@@ -104,6 +105,8 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
     ) -> Any:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         metadata.trimix = None
+        # For the kernel's warm-up, which runs on steps without a plan.
+        metadata.trimix_block_table = common_attn_metadata.block_table_tensor
         step = requests.current()
         if step is not None:
             plan = self._plan(step, common_attn_metadata)
@@ -185,8 +188,9 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
         requests_cpu = torch.from_numpy(np.ascontiguousarray(indices))
         query_start_loc = query_start_loc_cpu.to(self.device, non_blocking=True)
         index = requests_cpu.to(self.device, non_blocking=True)
-        selection: slice | torch.Tensor = slice(spans[0].first_row, spans[0].first_row + total)
-        if spans[-1].first_row + spans[-1].num_rows != selection.stop:
+        end = spans[0].first_row + total
+        selection: slice | torch.Tensor = slice(spans[0].first_row, end)
+        if spans[-1].first_row + spans[-1].num_rows != end:
             rows = np.repeat(first_rows - starts[:-1], num_rows) + np.arange(total)
             selection = torch.from_numpy(rows).to(self.device, non_blocking=True)
         bound = common.seq_lens_cpu_upper_bound
@@ -231,6 +235,12 @@ class SharedWorkspace(TrimixBuilder):
     def _share(self, workspace: Any) -> None:
         if self._dense_builder is not None:
             self._dense_builder.set_workspace_buffer(workspace)
+
+
+def _scales_reason(layer: Any) -> str | None:
+    """Why this layer's loaded fp8 scales keep it stock, or None."""
+    scales = (getattr(layer, name, None) for name in ("_q_scale", "_k_scale", "_v_scale"))
+    return "per_head_kv_scales" if any(scale is not None and scale.numel() != 1 for scale in scales) else None
 
 
 def cut_tiles(spans: list[Span], tile_rows: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl
 
 from vllm_trimix.backend import settings
@@ -34,6 +35,12 @@ _FP8_VIEWS = {
 }
 
 
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+# The Triton kernel's limit; its module imports Triton, which not every installation has.
+MAX_TRITON_HEAD_SIZE = 256
+
+
 class TrimixImpl(AttentionImpl[Any]):
     """Mixed in before the dense backend's implementation.
 
@@ -57,6 +64,8 @@ class TrimixImpl(AttentionImpl[Any]):
         self._dtype_size = get_current_vllm_config().model_config.dtype.itemsize
         self._kv_cache_dtype = str(given.get("kv_cache_dtype", "auto"))
         self._soft_cap = float(given.get("logits_soft_cap") or 0.0)
+        # The Triton kernel compiles at its first launch, which must not be a request's.
+        self._cold = self.trimix_kernel == "triton"
         self._cpu_layouts: tuple[torch_cpu.PageLayout, torch_cpu.PageLayout] | None = None
 
     def trimix_tile_rows(self) -> int:
@@ -87,6 +96,8 @@ class TrimixImpl(AttentionImpl[Any]):
         """Attention of one layer; see vLLM's ``AttentionImpl.forward`` for shapes."""
         step: StepPlan | None = getattr(attn_metadata, "trimix", None)
         if step is None or not self.trimix_active:
+            if self._cold and self.trimix_active:
+                self._warm_up(layer, query, kv_cache, attn_metadata, output)
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
@@ -151,6 +162,27 @@ class TrimixImpl(AttentionImpl[Any]):
             out=output,
         )
 
+    def _warm_up(
+        self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, attn_metadata: Any, output: torch.Tensor
+    ) -> None:
+        """Compiles the kernel for this layer's own tensors in vLLM's warm-up, by one idle tile that writes nothing."""
+        block_table = getattr(attn_metadata, "trimix_block_table", None)
+        if block_table is None or kv_cache.numel() == 0 or output.shape != query.shape:
+            return
+        if query.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        self._cold = False
+        idle = StepPlan(
+            spans=[],
+            block_table=block_table,
+            tiles=torch.zeros(1, 4, dtype=torch.int32, device=query.device),
+            tile_rows=self.trimix_tile_rows(),
+            dense_rows=None,
+            dense_metadata=None,
+            stats=None,
+        )
+        self._forward_triton(layer, query, kv_cache, idle, output)
+
     def _forward_triton(
         self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, step: StepPlan, output: torch.Tensor
     ) -> None:
@@ -191,9 +223,17 @@ def _dense_reason(given: dict[str, Any], kernel: str) -> str | None:
         return "not_decoder"
     if given.get("kv_sharing_target_layer_name") is not None:
         return "kv_sharing"
+    kv_cache_dtype = str(given.get("kv_cache_dtype", "auto"))
     if kernel == "torch_cpu":
         if given.get("logits_soft_cap"):
             return "soft_cap"
-        if str(given.get("kv_cache_dtype", "auto")) in _FP8_VIEWS:
+        if kv_cache_dtype in _FP8_VIEWS:
             return "fp8_kv_on_cpu"
+        return None
+    if given["head_size"] % 16 or given["head_size"] > MAX_TRITON_HEAD_SIZE:
+        return "head_size"
+    if kv_cache_dtype in ("fp8", "fp8_e4m3") and not current_platform.has_device_capability(89):
+        return "fp8_e4m3_before_sm89"
+    if kv_cache_dtype in _DTYPES and torch.get_default_dtype() != _DTYPES[kv_cache_dtype]:
+        return "kv_dtype_is_not_the_models"
     return None
