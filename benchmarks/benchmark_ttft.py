@@ -89,7 +89,7 @@ def measure(servers: list[Server], lengths: list[int], *, repeats: int, decode_t
                                 "config": server.configuration.name,
                                 "length": length,
                                 "ttft_s": round(timing.ttft, 5),
-                                "itl_s": round(statistics.median(timing.itl), 6),
+                                "itl_s": round(timing.itl, 6),
                                 "memory_bytes": server.peak_memory(),
                             }
                         )
