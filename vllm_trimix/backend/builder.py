@@ -65,7 +65,8 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
         self._ubatching = bool(getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False))
         speculative = vllm_config.speculative_config
         self._decode_query_len = 1 + (getattr(speculative, "num_speculative_tokens", None) or 0)
-        self._tile_rows = self._active[0].trimix_tile_rows() if self._active else 0
+        # Layers of one group may differ in query heads.
+        self._tile_rows = min((impl.trimix_tile_rows() for impl in self._active), default=0)
 
     def _bind_layers(self, layer_names: list[str]) -> list[Any]:
         """Tells each layer's implementation its global index; returns those that are ours."""
@@ -91,9 +92,17 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        """A graph may hold decodes only: a captured prefill would freeze one step's plan."""
+        """A graph may hold decodes only: a captured prefill would freeze one step's plan.
+
+        With speculation a decode is 1 + drafts wide; less than uniform batches would cost vLLM its decode graphs.
+        """
         dense = super().get_cudagraph_support(vllm_config, kv_cache_spec)
-        return min(dense, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, key=lambda support: support.value)
+        widest = (
+            AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+            if vllm_config.speculative_config is None
+            else AttentionCGSupport.UNIFORM_BATCH
+        )
+        return min(dense, widest, key=lambda support: support.value)
 
     @classmethod
     def get_varlen_cudagraph_max_query_len(cls, vllm_config: Any, kv_cache_spec: Any) -> int | None:
@@ -136,6 +145,8 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
         )
 
     def _step_reason(self, common: CommonAttentionMetadata) -> str | None:
+        if common.causal is not True:
+            return "not_causal"
         if self._ubatching:
             return "ubatch"
         mode = self.vllm_config.compilation_config.cudagraph_mode

@@ -1,0 +1,187 @@
+"""Drives every scenario in a process of its own and writes what it found, as JSON, to the file named by argument 1.
+
+Further arguments are names of scenarios; none means all of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tests.backend.cuda_on_cpu as hardware
+
+DENSE = ("FLASH_ATTN", "TRITON_ATTN")
+
+
+def main() -> None:
+    out, names = Path(sys.argv[1]), sys.argv[2:]
+    hardware.torch.set_num_threads(1)
+    hardware.use_cpu()
+    model_runner = hardware.import_model_runner()
+    from tests.backend.v2_scenarios import SCENARIOS
+    from vllm_trimix.backend.registration import register_trimix
+
+    register_trimix()
+    with tempfile.TemporaryDirectory() as folder:
+        make = EngineFactory(model_runner, Path(folder))
+        report: dict[str, Any] = {"facts": {name: facts(partial(make, name)) for name in DENSE}, "scenarios": {}}
+        for dense in DENSE:
+            for name in names or SCENARIOS:
+                report["scenarios"][f"{dense}-{name}"] = run(SCENARIOS[name], partial(make, dense))
+    report["runners"] = runners()
+    out.write_text(json.dumps(report))
+
+
+class EngineFactory:
+    """Makes engines; configurations are made once per kind."""
+
+    def __init__(self, model_runner: Any, folder: Path) -> None:
+        self.model_runner, self.folder = model_runner, folder
+        self.configs: dict[tuple[int, int], Any] = {}
+
+    def __call__(
+        self,
+        dense: str,
+        *,
+        layout: str = "LBHNC",
+        group: int = 1,
+        full_graphs: bool = False,
+        num_speculative_tokens: int = 0,
+        seed: int = 0,
+    ) -> Any:
+        from vllm.config.compilation import CUDAGraphMode
+
+        from tests.backend.v2_engine import Engine
+        from tests.backend.v2_runner import make_config
+
+        key = (group, num_speculative_tokens)
+        if key not in self.configs:
+            self.configs[key] = make_config(
+                self.folder / str(group),
+                num_heads=max(2, group),
+                num_kv_heads=max(2, group) // group,
+                num_speculative_tokens=num_speculative_tokens,
+            )
+        config = self.configs[key]
+        # The CPU platform turned graphs off; the CUDA path decides by these. The runner narrows the mode.
+        config.compilation_config.cudagraph_mode = (
+            CUDAGraphMode.FULL_AND_PIECEWISE if full_graphs else CUDAGraphMode.NONE
+        )
+        config.compilation_config.cudagraph_capture_sizes = [1, 2, 4, 8, 16, 32] if full_graphs else []
+        config.compilation_config.max_cudagraph_capture_size = 32 if full_graphs else 0
+        config.compilation_config.static_forward_context.clear()
+        return Engine(self.model_runner, config, dense, layout=layout, seed=seed)
+
+
+def run(scenario: Callable[..., Any], make: Callable[..., Any]) -> dict[str, Any]:
+    """One scenario's findings."""
+    hardware.faults.clear()
+    try:
+        engine, notes = scenario(make)
+    except Exception:
+        return {"crash": traceback.format_exc()}
+    outcome = engine.outcome
+    return {
+        "error": dict(outcome.error),
+        "plain_error": dict(outcome.budget),
+        "largest": outcome.largest,
+        "gap": outcome.gap,
+        "rows": dict(outcome.rows),
+        "counted": engine.counted,
+        "expected": {name: count for name, count in engine.expected.items() if count},
+        "steps": engine.steps,
+        "tracked": sorted(engine.tracked),
+        "told": sorted(engine.told),
+        "prompt_lens": {name: known.prompt_len for name, known in engine.tracked.items()},
+        "runner_prompt_lens": {
+            name: int(engine.runner.req_states.prompt_len.np[index])
+            for name, index in engine.runner.req_states.req_id_to_index.items()
+        },
+        "notes": {name: bool(value) for name, value in notes.items()},
+        "faults": sorted(set(hardware.faults)),
+    }
+
+
+def facts(make: Callable[..., Any]) -> dict[str, Any]:
+    """What the composed classes say of themselves."""
+    from vllm_trimix.backend import requests
+
+    engine = make(full_graphs=True)
+    backend, builder_cls = engine.backend, engine.backend.get_builder_cls()
+    builder = engine.runner.attn_groups[0][0].get_metadata_builder(0)
+    config, spec = engine.config, builder.kv_cache_spec
+    engine.add("a", 70)
+    engine.step({"a": 70})
+    step = requests._steps[engine.runner]
+    common = engine.last_common
+    saved, requests._current = requests._current, step
+    try:
+        plan = builder.build(0, common).trimix
+        drafted = builder.build_for_drafting(common, 0).trimix
+    finally:
+        requests._current = saved
+    return {
+        "name": backend.get_name(),
+        "stock_graphs": builder.dense_builder_cls.get_cudagraph_support(config, spec).name,
+        "graphs": builder_cls.get_cudagraph_support(config, spec).name,
+        "varlen": builder_cls.get_varlen_cudagraph_max_query_len(config, spec),
+        "resolved_mode": str(config.compilation_config.cudagraph_mode.name),
+        "supports": {
+            name: getattr(backend, f"supports_{name}")()
+            for name in ("dcp", "pcp", "batch_invariance", "rswa", "device_cpu_query_lens_mismatch")
+        },
+        "update_block_table": builder.supports_update_block_table,
+        "two_builders": builder._dense_builder is not builder
+        and type(builder._dense_builder) is builder.dense_builder_cls,
+        "planned": plan is not None,
+        "remainder_slots": plan.dense_metadata.slot_mapping.equal(common.slot_mapping[plan.dense_rows]),
+        "drafted": drafted is not None,
+        "captured": builder.build_for_cudagraph_capture(common).trimix is not None,
+        "outside": builder.build(0, common).trimix is not None,
+        "active": [layer.impl.trimix_active for layer in engine.model.layers],
+        "stock_impl": [isinstance(layer.impl, builder_impl(builder)) for layer in engine.model.layers],
+        "stock_without_metadata": bool((without_metadata(engine) == 0).all()),
+    }
+
+
+def builder_impl(builder: Any) -> type:
+    """The stock implementation behind a composed builder."""
+    from tests.backend.v2_runner import dense_backend
+
+    return dense_backend(builder.dense_name).get_impl_cls()
+
+
+def without_metadata(engine: Any) -> Any:
+    """A triangle layer's output in vLLM's memory profiling, where there is no metadata."""
+    layer = engine.model.layers[1]
+    rows = hardware.torch.ones(3, layer.num_heads, layer.head_size)
+    return layer.impl.forward(layer, rows, rows, rows, layer.kv_cache, None, rows.clone())
+
+
+def runners() -> dict[str, Any]:
+    """Whether both model runners are wrapped, and where V2 takes ``dummy_run``."""
+    import vllm.v1.worker.gpu.model_runner as v2
+    import vllm.v1.worker.gpu_model_runner as v1
+
+    from vllm_trimix.backend import compat, requests
+
+    requests.install()
+    wrapped = [vars(module.GPUModelRunner)["execute_model"] for module in (v1, v2)]
+    requests.install()
+    return {
+        "vllm": compat.vllm_version(),
+        "wrapped": [getattr(method, compat._MARK, False) for method in wrapped],
+        "once": wrapped == [vars(module.GPUModelRunner)["execute_model"] for module in (v1, v2)],
+        "parameters": [list(inspect.signature(method).parameters)[:4] for method in wrapped],
+    }
+
+
+if __name__ == "__main__":
+    main()

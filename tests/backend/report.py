@@ -1,0 +1,104 @@
+"""What a child process found, and what must hold of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+DENSE = ("FLASH_ATTN", "TRITON_ATTN")
+FLOAT32_EPS = 2.0**-23
+
+
+class Child:
+    """One process that drives every scenario, against one vLLM."""
+
+    def __init__(self, out: Path, *, source: Path | None) -> None:
+        """Starts it.
+
+        Args:
+            out: Where the report goes.
+            source: Folder with the vLLM to import; None is the installed one.
+        """
+        self.out = out
+        path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+        self.log = out.with_suffix(".log")
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.backend.composition_child", str(out)],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(source), *path] if source else path)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def report(self) -> dict[str, Any]:
+        """Waits for the process, and reads its report."""
+        self.process.wait(timeout=600)
+        assert self.process.returncode == 0, self.log.read_text()[-6000:]
+        report: dict[str, Any] = json.loads(self.out.read_text())
+        return report
+
+
+def crash(result: dict[str, Any]) -> str:
+    """The traceback of a scenario that didn't come to its end, or nothing."""
+    return str(result.get("crash", ""))
+
+
+def wrong_rows(result: dict[str, Any]) -> list[str]:
+    """Rows whose outputs are further from their fp64 definition than twice a plain fp32 run, plus one rounding.
+
+    The dense truth must miss that budget by far on the triangle rows, or the run proves nothing.
+    """
+    problems = [*result["faults"]]
+    rounding = FLOAT32_EPS * result["largest"]
+    budgets = {kind: 2 * error + rounding for kind, error in result["plain_error"].items()}
+    for kind, error in result["error"].items():
+        # Not "error > budget": a NaN must be found.
+        if not error <= budgets[kind]:
+            problems.append(f"{kind} rows are {error} off, budget {budgets[kind]}")
+    if not result["rows"].get("triangle") or not result["gap"] > 1000 * budgets["triangle"]:
+        problems.append(f"{result['rows']} rows, the dense truth is {result['gap']} away: nothing is proven")
+    return problems
+
+
+def wrong_counts(result: dict[str, Any]) -> list[str]:
+    """Counters that differ from the contract's own classes, row by row."""
+    expected = {
+        **result["expected"],
+        "steps": result["steps"],
+        "triangle_layer_rows": 2 * result["expected"].get("triangle", 0),
+        "tracked_requests": len(result["told"]),
+    }
+    return [
+        f"{name}: {result['counted'].get(name)}, expected {expected.get(name)}"
+        for name in sorted({*result["counted"], *expected})
+        if result["counted"].get(name) != expected.get(name)
+    ]
+
+
+def wrong_tracking(result: dict[str, Any]) -> list[str]:
+    """Requests that the wrapper knows and the scheduler doesn't, or with another prompt length than the runner's."""
+    problems = []
+    if result["tracked"] != result["told"]:
+        problems.append(f"tracked {result['tracked']}, alive {result['told']}")
+    for name, prompt_len in result["runner_prompt_lens"].items():
+        if result["prompt_lens"].get(name) != prompt_len:
+            problems.append(f"{name}: prompt of {result['prompt_lens'].get(name)}, the runner's is {prompt_len}")
+    return problems
+
+
+def wrong_notes(result: dict[str, Any]) -> list[str]:
+    """What else the scenario found false."""
+    return [name for name, holds in result["notes"].items() if not holds]
+
+
+def problems(result: dict[str, Any]) -> list[str]:
+    """Everything wrong with a scenario."""
+    if crash(result):
+        return [crash(result)]
+    return [*wrong_rows(result), *wrong_counts(result), *wrong_tracking(result), *wrong_notes(result)]
