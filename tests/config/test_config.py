@@ -52,6 +52,7 @@ def test_starting_layer_is_short_for_a_range() -> None:
         ({"min_prompt_len": -5}, "trimix.min_prompt_len: -5"),
         ({"layers": "40"}, "trimix.layers: '40' is outside this model's 32 layers (0-31)"),
         ({"layers": "30-40"}, "trimix.layers: '40' is outside this model's 32 layers (0-31)"),
+        ({"layers": "32"}, "trimix.layers: '32' is outside this model's 32 layers (0-31)"),
         ({"layers": "7-3"}, "trimix.layers: range '7-3' runs backwards; write '3-7'"),
         ({"layers": "3-"}, "trimix.layers: '3-'"),
         ({"layers": "a,b"}, "trimix.layers: 'a'"),

@@ -118,9 +118,7 @@ def triangle_prefill(
         num_sinks = min(n_init, base)
         sink_pages = block_table[span.request, : -(-num_sinks // block_size)].long()
         k, v = (
-            torch.cat(
-                (layout.tokens(cache[sink_pages])[:, :num_sinks], layout.tokens(cache[pages])[:, : end - base]), dim=1
-            )
+            torch.cat((layout.tokens(cache[sink_pages])[:, :num_sinks], layout.tokens(cache[pages])), dim=1)
             for cache, layout in ((k_pages, k_layout), (v_pages, v_layout))
         )
         rows = slice(span.first_row, span.first_row + span.num_rows)

@@ -49,7 +49,7 @@ class TileConfig:
 # (padded head size, bytes of the compute dtype) -> launch shape. Small enough for the 99 KiB of shared memory of
 # compute capability 8.6, 8.9 and 12.0. fp32 runs on FMA units: small tiles, no tensor cores.
 _CONFIGS = {
-    (64, 2): TileConfig(block_m=128, block_n=64, num_warps=8, num_stages=3),
+    (64, 2): TileConfig(block_m=128, block_n=64, num_warps=8, num_stages=2),
     (128, 2): TileConfig(block_m=128, block_n=64, num_warps=8, num_stages=2),
     (256, 2): TileConfig(block_m=64, block_n=32, num_warps=8, num_stages=2),
     (64, 4): TileConfig(block_m=32, block_n=32, num_warps=4, num_stages=2),
