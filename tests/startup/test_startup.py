@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import BertConfig, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config
 
 SMALL: dict[str, Any] = {
@@ -29,6 +29,7 @@ MODELS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "mistral": (MistralConfig, "MistralForCausalLM", {"sliding_window": 512}),
     "qwen2": (Qwen2Config, "Qwen2ForCausalLM", {"use_sliding_window": False, "sliding_window": 512}),
     "gemma": (GemmaConfig, "GemmaForCausalLM", {}),
+    "encoder": (BertConfig, "BertModel", {}),
     "mla": (
         DeepseekV2Config,
         "DeepseekV2ForCausalLM",
@@ -55,6 +56,8 @@ CASES: dict[str, tuple[str, dict[str, Any], Any, str | None]] = {
     "sliding": ("mistral", {}, {"layers": "2-3"}, "2-3 are all sliding-window layers"),
     "mla": ("mla", {"trust_remote_code": False}, {"layers": "2-3"}, "does not support MLA models"),
     "pooling": ("llama", {"runner": "pooling"}, {"layers": "2-3"}, "does not support pooling models"),
+    "encoder": ("encoder", {}, {"layers": "2-3"}, "does not support pooling models"),
+    "gemma": ("gemma", {}, {"layers": "2-3"}, None),
     "kv dtype": (
         "llama",
         {"kv_cache_dtype": "int8_per_token_head"},

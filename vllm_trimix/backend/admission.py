@@ -20,8 +20,15 @@ DENSE_KEY = "trimix_dense"
 SALT = "trimix-dense"
 ALLOWED = ("on", "off")
 
-# Connectors that key external blocks by vLLM's own salted hashes, or move them between two requests of one id.
-SALT_AWARE_CONNECTORS = ("NixlConnector", "NixlPullConnector", "NixlPushConnector", "OffloadingConnector")
+# Connectors that move blocks between two requests of one id (NIXL), key them by vLLM's own salted hashes (offloading),
+# or pass the salt on (LMCache, multi-process).
+SALT_AWARE_CONNECTORS = (
+    "NixlConnector",
+    "NixlPullConnector",
+    "NixlPushConnector",
+    "OffloadingConnector",
+    "LMCacheMPConnector",
+)
 
 _engines: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -95,6 +102,7 @@ def _admitted(original: Callable[..., Any]) -> Callable[..., Any]:
         request = original(self, request_id, prompt, params, *args, resumable=resumable, **kwargs)
         from vllm_trimix.backend import settings
 
+        _refuse_reserved_salt(request.cache_salt)
         reason = dense_reason(
             params, resumable=resumable, prompt_logprobs=settings.of(self.vllm_config).prompt_logprobs
         )
@@ -117,6 +125,17 @@ def _verified(original: Callable[..., Any]) -> Callable[..., Any]:
             check_extra_args(self.extra_args)
 
     return _verify_args
+
+
+def _refuse_reserved_salt(cache_salt: str | None) -> None:
+    """A triangle request that carried the dense namespace's salt would fill it with keys of a triangle prefill."""
+    from vllm.exceptions import VLLMValidationError
+
+    if cache_salt is not None and cache_salt.startswith(SALT):
+        raise VLLMValidationError(
+            f"cache_salt {cache_salt!r} starts with {SALT!r}, which TRIMIX keeps for dense requests; choose another salt",
+            parameter="cache_salt",
+        )
 
 
 def _refuse_unsalted_connector(vllm_config: Any, reason: str) -> None:

@@ -1,0 +1,87 @@
+"""Admission decisions that no small server can show: connectors, salts, stamps."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm import PoolingParams, SamplingParams
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.exceptions import VLLMValidationError
+
+from vllm_trimix.backend import admission, settings
+from vllm_trimix.config import resolve
+
+
+class Processor:
+    """The parts of vLLM's InputProcessor that admission touches."""
+
+    def __init__(self, connector: str | None = None, prompt_logprobs: str = "dense") -> None:
+        resolved = resolve({"layers": "1", "prompt_logprobs": prompt_logprobs}, model="m", num_layers=2)
+        transfer = SimpleNamespace(kv_connector=connector) if connector else None
+        self.vllm_config = SimpleNamespace(
+            additional_config={settings.RESOLVED: resolved.model_dump(mode="json")}, kv_transfer_config=transfer
+        )
+
+
+def admit(processor: Processor, params: Any, *, salt: str | None = None, resumable: bool = False) -> Any:
+    def process_inputs(self: Processor, request_id: str, prompt: str, params: Any, *, resumable: bool = False) -> Any:
+        sampling = params.clone() if isinstance(params, SamplingParams) else None
+        return SimpleNamespace(sampling_params=sampling, cache_salt=salt)
+
+    admission._engines.add(processor)
+    try:
+        return admission._admitted(process_inputs)(processor, "id", "prompt", params, resumable=resumable)
+    finally:
+        admission._engines.discard(processor)
+
+
+@pytest.mark.parametrize(
+    ("params", "resumable", "reason"),
+    [
+        (SamplingParams(), False, None),
+        (SamplingParams(extra_args={"trimix": "on"}), False, None),
+        (SamplingParams(extra_args={"trimix": "off"}), False, "opt_out"),
+        (SamplingParams(prompt_logprobs=1), False, "prompt_logprobs"),
+        (SamplingParams(), True, "streaming_input"),
+    ],
+)
+def test_stamp_and_salt(params: SamplingParams, resumable: bool, reason: str | None) -> None:
+    before = dict(params.extra_args or {})
+    request = admit(Processor(), params, salt="tenant", resumable=resumable)
+    assert (request.sampling_params.extra_args or {}).get(admission.DENSE_KEY) == reason
+    assert request.cache_salt == ("tenant" if reason is None else "trimix-dense:tenant")
+    assert dict(params.extra_args or {}) == before, "the caller's own parameters were changed"
+
+
+def test_pooling_is_dense() -> None:
+    assert admit(Processor(), PoolingParams()).cache_salt == "trimix-dense"
+
+
+def test_the_research_switch_measures_the_mask() -> None:
+    request = admit(Processor(prompt_logprobs="triangle"), SamplingParams(prompt_logprobs=1))
+    assert request.cache_salt is None
+
+
+@pytest.mark.parametrize("salt", ["trimix-dense", "trimix-dense:x"])
+def test_a_salt_cannot_reach_the_dense_namespace(salt: str) -> None:
+    with pytest.raises(VLLMValidationError, match="which TRIMIX keeps for dense requests"):
+        admit(Processor(), SamplingParams(), salt=salt)
+
+
+def test_connectors_that_ignore_salts_get_no_dense_requests() -> None:
+    off = SamplingParams(extra_args={"trimix": "off"})
+    with pytest.raises(VLLMValidationError, match=r"opt_out.*ExampleConnector.*not known to honour cache_salt"):
+        admit(Processor("ExampleConnector"), off)
+    assert admit(Processor("ExampleConnector"), SamplingParams()).cache_salt is None
+    for name in admission.SALT_AWARE_CONNECTORS:
+        assert name in KVConnectorFactory._registry, name
+        assert admit(Processor(name), off).cache_salt == "trimix-dense"
+
+
+def test_other_engines_are_untouched() -> None:
+    calls = []
+    wrapped = admission._admitted(lambda self, *args, **kwargs: calls.append((args, kwargs)))
+    wrapped(Processor(), "id", "prompt", SamplingParams(extra_args={"trimix": "nonsense"}))
+    assert len(calls) == 1

@@ -1,0 +1,292 @@
+"""Run the Triton triangle kernel in Triton's interpreter, on the CPU, and compare it with an fp64 oracle.
+
+Everything that imports Triton runs in a worker process: the interpreter must be chosen before Triton is imported, and
+that choice must not leak into the other tests.
+"""
+
+import math
+import mmap
+import os
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+import torch
+
+from tests.budget import assert_within_budget
+
+# Linux; the name is only in Python 3.13's mmap.
+_MAP_NORESERVE = 0x4000
+# A wrapped 32-bit offset lands before the tensor: the reservation starts this many elements earlier, so that the
+# mutation fails its test instead of the process.
+_HUGE_STRIDE = 2**30
+_HUGE_MARGIN = 2**31
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the kernel.
+
+    Attributes:
+        spans: (position of the first row, rows) of each request.
+        group: Query heads per KV head.
+        num_kv_heads: KV heads.
+        head_size: Head size.
+        block_size: Tokens of a page.
+        n_init: Sink keys.
+        n_local: Window.
+        q_dtype: Query dtype, as in ``torch``.
+        cache_dtype: KV-cache dtype; "" is ``q_dtype``.
+        order: Memory order of the cache's blocks, heads and slots, outermost first: BHS is vLLM's HND, BSH its NHD.
+        own_values: Whether the values have a tensor of their own, strided unlike the keys.
+        scales: Whether the fp8 tensors have scales other than 1.
+        soft_cap: Logit cap, 0 is off.
+        tile_rows: Tokens of a tile; 0 is the kernel's default.
+        huge: Name of the tensor whose outermost dimension has a stride of 2**30 elements.
+    """
+
+    spans: tuple[tuple[int, int], ...]
+    group: int = 4
+    num_kv_heads: int = 2
+    head_size: int = 64
+    block_size: int = 16
+    n_init: int = 8
+    n_local: int = 100
+    q_dtype: str = "float16"
+    cache_dtype: str = ""
+    order: str = "BHS"
+    own_values: bool = False
+    scales: bool = True
+    soft_cap: float = 0.0
+    tile_rows: int = 0
+    huge: str = ""
+
+
+@dataclass
+class _Problem:
+    """Tensors of a case. ``keys`` and ``values`` are the logical [num_kv_heads, seq_len, head_size] of each span."""
+
+    arguments: dict
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    first_rows: list[int]
+
+
+def interpreter_pool() -> ProcessPoolExecutor:
+    """One fresh process in which Triton interprets."""
+    return ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"), initializer=_use_interpreter)
+
+
+def run_case(case: Case) -> None:
+    """Runs the kernel on a case and asserts the result; call it in the pool."""
+    from vllm_trimix.kernels.triton_triangle import triangle_prefill
+
+    problem = _build(case)
+    out = problem.arguments["out"]
+    triangle_prefill(**problem.arguments)
+    covered = torch.zeros(out.shape[0], dtype=torch.bool)
+    for index, (position, rows) in enumerate(case.spans):
+        span = slice(problem.first_rows[index], problem.first_rows[index] + rows)
+        covered[span] = True
+        truth = _attention(case, problem, index, torch.float64)
+        plain = _attention(case, problem, index, _compute_dtype(case)).to(out.dtype)
+        assert_within_budget(out[span], truth, plain, what=f"{rows} rows at {position}")
+    assert out[~covered].isnan().all(), "rows outside the spans were written"
+
+
+def error_of(case: Case, overrides: dict) -> str:
+    """Message of the ValueError that the call raises with some arguments replaced; "" if it raises none."""
+    from vllm_trimix.kernels.triton_triangle import triangle_prefill
+
+    try:
+        triangle_prefill(**(_build(case).arguments | overrides))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def tile_rows(num_heads: int, num_kv_heads: int, head_size: int, dtype_size: int) -> int:
+    """The kernel's default tile; call it in the pool."""
+    from vllm_trimix.kernels.triton_triangle import tile_rows_for
+
+    return tile_rows_for(num_heads, num_kv_heads, head_size, dtype_size)
+
+
+def interpreted_bf16_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """[16, 16] bf16 matrix product by the interpreter's ``tl.dot``, rounded to bf16."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def product_kernel(a_ptr, b_ptr, out_ptr):
+        offs = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+        product = tl.dot(tl.load(a_ptr + offs), tl.load(b_ptr + offs))
+        tl.store(out_ptr + offs, product.to(tl.bfloat16))
+
+    out = torch.empty(16, 16, dtype=torch.bfloat16)
+    product_kernel[(1,)](a, b, out)
+    return out
+
+
+def _use_interpreter() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    from vllm_trimix.kernels.triton_triangle import triangle_prefill_kernel
+
+    assert isinstance(triangle_prefill_kernel, interpreter.InterpretedFunction)
+
+    # The interpreter holds bf16 as uint16. Its dot multiplies those integers and its fp32 -> bf16 cast truncates
+    # (Triton 3.6 and 3.9): go through fp32, and round to nearest even as the hardware does. fp16 products are right
+    # but slow, and exact in fp32.
+    np.seterr(invalid="ignore")
+    builder = interpreter.InterpreterBuilder
+    plain_dot, plain_cast = builder.create_dot, builder.cast_impl
+
+    def widen(handle):
+        if handle.dtype.scalar == tl.float16:
+            return interpreter.TensorHandle(handle.data.astype(np.float32), tl.float32)
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return plain_dot(self, widen(a), widen(b), *rest)
+
+    def cast_impl(self, src, dst_type):
+        if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
+            return plain_cast(self, src, dst_type)
+        rounded = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.bfloat16).view(torch.uint16)
+        return interpreter.TensorHandle(rounded.numpy().reshape(src.data.shape), tl.bfloat16)
+
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl
+    # The interpreter copies every storage back to its device, here onto itself: that would touch all of a huge one.
+    interpreter.GridExecutor._restore_args_dev = lambda *args: None
+
+
+def _compute_dtype(case: Case) -> torch.dtype:
+    return torch.bfloat16 if case.q_dtype.startswith("float8") else getattr(torch, case.q_dtype)
+
+
+def _visible(case: Case, position: int, rows: int) -> torch.Tensor:
+    """The rule: [rows, seq_len] bool."""
+    i = torch.arange(position, position + rows)[:, None]
+    j = torch.arange(position + rows)[None, :]
+    return (j <= i) & ((j < case.n_init) | (i - j < case.n_local))
+
+
+def _strided(shape: tuple[int, ...], dtype: torch.dtype, *, huge: bool) -> torch.Tensor:
+    """A NaN-filled tensor, or a zero one whose rows are 2**30 elements apart in reserved, mostly untouched memory."""
+    if not huge:
+        return torch.full(shape, math.nan).to(dtype)
+    numel = _HUGE_MARGIN + shape[0] * _HUGE_STRIDE
+    size = numel * torch.empty(0, dtype=dtype).element_size()
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    inner = torch.empty(shape[1:], device="meta").stride()
+    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, (_HUGE_STRIDE, *inner), _HUGE_MARGIN)
+
+
+def _build(case: Case) -> _Problem:
+    from vllm_trimix.kernels.triton_triangle import tile_rows_for
+
+    generator = torch.Generator().manual_seed(zlib.crc32(repr(case).encode()))
+    q_dtype = getattr(torch, case.q_dtype)
+    cache_dtype = getattr(torch, case.cache_dtype or case.q_dtype)
+    out_dtype = _compute_dtype(case)
+    num_heads = case.num_kv_heads * case.group
+
+    # Rows of other work surround the spans: their queries are finite, their outputs must stay NaN.
+    gap = 3
+    first_rows, num_tokens = [], gap
+    for _, rows in case.spans:
+        first_rows.append(num_tokens)
+        num_tokens += rows + gap
+    q = _strided((num_tokens, num_heads, case.head_size), q_dtype, huge=case.huge == "q")
+    out = _strided((num_tokens, num_heads, case.head_size), out_dtype, huge=case.huge == "out")
+    q.fill_(1)
+    out.fill_(math.nan)
+
+    seq_lens = [position + rows for position, rows in case.spans]
+    max_blocks = -(-max(seq_lens) // case.block_size)
+    num_blocks = 1 + sum(-(-length // case.block_size) for length in seq_lens)
+    # K and V of a token lie side by side, as in vLLM's cache.
+    extent = {"B": num_blocks, "H": case.num_kv_heads, "S": case.block_size}
+    shape = (*(extent[dim] for dim in case.order), 2 * case.head_size)
+    cache = _strided(shape, cache_dtype, huge=case.huge == "cache")
+    cache = cache.permute(*(case.order.index(dim) for dim in "BHS"), 3)
+    k_cache, v_cache = cache.split(case.head_size, dim=-1)
+    if case.own_values:
+        v_cache = _strided((case.num_kv_heads, num_blocks, case.block_size, case.head_size), cache_dtype, huge=False)
+        v_cache = v_cache.transpose(0, 1)
+
+    # Requests sit in shuffled rows of the block table; pages are shuffled, and page 0 is nobody's.
+    num_requests = len(case.spans)
+    table_rows = (1 + torch.randperm(num_requests + 1, generator=generator))[:num_requests].tolist()
+    block_table = _strided((num_requests + 2, max_blocks), torch.int32, huge=case.huge == "block_table").zero_()
+    free_pages = (1 + torch.randperm(num_blocks - 1, generator=generator)).tolist()
+
+    step = case.tile_rows or tile_rows_for(num_heads, case.num_kv_heads, case.head_size, q_dtype.itemsize)
+    tiles = [(0, 0, 0, 0)]
+    all_keys, all_values = [], []
+    for (position, rows), first_row, table_row in zip(case.spans, first_rows, table_rows, strict=True):
+        shape = (case.num_kv_heads, position + rows, case.head_size)
+        keys = torch.randn(shape, generator=generator).to(cache_dtype)
+        values = torch.randn(shape, generator=generator).to(cache_dtype)
+        all_keys.append(keys)
+        all_values.append(values)
+        q[first_row : first_row + rows] = torch.randn(rows, *q.shape[1:], generator=generator).to(q_dtype)
+        # Only what some row sees is ever written; a page without any such key is not even in the table.
+        seen = _visible(case, position, rows).any(dim=0).nonzero().flatten()
+        for block in (seen // case.block_size).unique().tolist():
+            page_id = free_pages.pop()
+            block_table[table_row, block] = page_id
+            here = seen[seen // case.block_size == block]
+            k_cache[page_id][:, here % case.block_size] = keys[:, here]
+            v_cache[page_id][:, here % case.block_size] = values[:, here]
+        for start in range(0, rows, step):
+            tiles.append((table_row, first_row + start, min(step, rows - start), position + start))
+
+    def scale(value: float, dtype: torch.dtype) -> torch.Tensor | None:
+        return torch.tensor([value]) if case.scales and dtype.itemsize == 1 else None
+
+    arguments = {
+        "q": q,
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "block_table": block_table,
+        "tiles": torch.tensor(tiles, dtype=torch.int32),
+        "n_init": case.n_init,
+        "n_local": case.n_local,
+        "scale": case.head_size**-0.5,
+        "out": out,
+        "tile_rows": step,
+        "q_scale": scale(1.25, q_dtype),
+        "k_scale": scale(0.75, cache_dtype),
+        "v_scale": scale(1.5, cache_dtype),
+        "soft_cap": case.soft_cap,
+    }
+    return _Problem(arguments, all_keys, all_values, first_rows)
+
+
+def _attention(case: Case, problem: _Problem, index: int, dtype: torch.dtype) -> torch.Tensor:
+    """Span ``index`` by definition, every step in ``dtype``: [rows, num_heads, head_size]."""
+    arguments = problem.arguments
+    position, rows = case.spans[index]
+    first_row = problem.first_rows[index]
+
+    def dequantised(tensor: torch.Tensor, name: str) -> torch.Tensor:
+        factor = arguments[name]
+        return tensor.to(dtype) if factor is None else tensor.to(dtype) * factor.to(dtype)
+
+    q = dequantised(arguments["q"][first_row : first_row + rows], "q_scale").transpose(0, 1)
+    keys = dequantised(problem.keys[index], "k_scale").repeat_interleave(case.group, dim=0)
+    values = dequantised(problem.values[index], "v_scale").repeat_interleave(case.group, dim=0)
+    scores = (q @ keys.transpose(1, 2)) * arguments["scale"]
+    if case.soft_cap > 0:
+        scores = case.soft_cap * torch.tanh(scores / case.soft_cap)
+    scores = scores.masked_fill(~_visible(case, position, rows), -math.inf)
+    return (torch.softmax(scores, dim=-1) @ values).transpose(0, 1)
