@@ -41,6 +41,8 @@ def plan_time(model: Path, *, num_requests: int = 64, num_prefill: int = 4, repe
     vLLM's real builder runs on a real step; only the dense backend's own two builds are left out. One of the prompts
     ends in this step, so that the dense remainder has a last-rows part beside the decodes.
     """
+    # As vLLM's worker does on one core.
+    torch.set_num_threads(1)
     vllm_config = EngineArgs(
         model=str(model),
         attention_backend="TRIMIX",

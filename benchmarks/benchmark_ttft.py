@@ -2,8 +2,8 @@
 
     python -m benchmarks.benchmark_ttft --output benchmarks/results/NAME
 
-Both servers are up; each round asks stock, then TRIMIX, then the next round the other way round; the idle one does
-nothing. The figure is the ratio of medians, with a bootstrap interval. Run it with the machine to itself.
+Both servers are up; each round asks stock, then TRIMIX, then the next round the other way round; the idle one is
+stopped. The figure is the ratio of medians, with a bootstrap interval. Run it with the machine to itself.
 """
 
 from __future__ import annotations
@@ -74,6 +74,9 @@ def measure(servers: list[Server], lengths: list[int], *, repeats: int, decode_t
     """Asks every server every length, interleaved; one warm-up per length and server, not kept."""
     generator = random.Random(0)
     samples = []
+    for server in servers:
+        with server.awake():
+            pass
     with tqdm(total=len(lengths) * (repeats + 1) * len(servers), unit="request") as bar:
         for length in lengths:
             for repeat in range(repeats + 1):
@@ -81,7 +84,8 @@ def measure(servers: list[Server], lengths: list[int], *, repeats: int, decode_t
                 prompt = [generator.randrange(3, 4000) for _ in range(length)]
                 for server in servers if repeat % 2 else servers[::-1]:
                     bar.set_description(f"{length} {server.configuration.name}")
-                    timing = server.ask(prompt, max_tokens=1 + decode_tokens)
+                    with server.awake():
+                        timing = server.ask(prompt, max_tokens=1 + decode_tokens)
                     bar.update()
                     if repeat:
                         samples.append(
