@@ -106,7 +106,7 @@ def test_preset_sources(tmp_path: Path) -> None:
     resolved = run({"preset": str(file)}, num_layers=8)
     assert (resolved.layers, resolved.n_local, resolved.source) == ((4, 5, 6, 7), 256, "preset:mine.json")
     file.write_text(json.dumps({"layer": "4"}))
-    with pytest.raises(ValueError, match="preset file .*unknown key 'layer'.*did you mean 'layers'"):
+    with pytest.raises(ValueError, match=r"preset file .*unknown key 'layer'.*did you mean 'layers'"):
         run({"preset": str(file)})
     with pytest.raises(ValueError, match=r"config.json entry 'trimix'.*unknown key"):
         run(None, entry={"first": 3})

@@ -133,7 +133,8 @@ def _refuse_reserved_salt(cache_salt: str | None) -> None:
 
     if cache_salt is not None and cache_salt.startswith(SALT):
         raise VLLMValidationError(
-            f"cache_salt {cache_salt!r} starts with {SALT!r}, which TRIMIX keeps for dense requests; choose another salt",
+            f"cache_salt {cache_salt!r} starts with {SALT!r}, which TRIMIX keeps for dense requests; "
+            "choose another salt",
             parameter="cache_salt",
         )
 
