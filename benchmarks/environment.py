@@ -20,7 +20,9 @@ def environment() -> dict[str, object]:
             continue
     cpuinfo = Path("/proc/cpuinfo").read_text()
     flags = set(cpuinfo.split("flags", 1)[1].split("\n", 1)[0].split())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=7"], capture_output=True, text=True, check=False
+    )
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit.stdout.strip(),

@@ -234,7 +234,7 @@ def resolve(raw: object, *, model: str, num_layers: int, model_entry: object = N
 def _load_preset(config: TrimixConfig, model: str, model_entry: object) -> tuple[TrimixConfig | None, str]:
     if config.preset is not None:
         path = Path(config.preset)
-        if path.suffix == ".json" or path.exists():
+        if path.suffix == ".json" or path.is_file():
             return _preset_config(_read_json(path), f"preset file {config.preset!r}"), f"preset:{path.name}"
         entry = find_preset(config.preset)
         if entry is None:
@@ -262,8 +262,15 @@ def _read_json(path: Path) -> object:
 
 
 def _preset_config(entry: object, name: str) -> TrimixConfig:
-    """A preset is the user's keys plus ``provenance``, which only people read."""
-    settings = {key: value for key, value in entry.items() if key != "provenance"} if isinstance(entry, dict) else entry
+    """A preset is what a model needs, plus ``provenance`` and ``models``, which only people and the search read."""
+    settings = entry
+    if isinstance(entry, dict):
+        settings = {key: value for key, value in entry.items() if key not in ("provenance", "models")}
+        server_keys = [key for key in ("preset", "prompt_logprobs", "stats_log_interval") if key in settings]
+        if server_keys:
+            raise ValueError(
+                f"{name}: {server_keys[0]!r} is a setting of the server, not of a model; move it to trimix"
+            )
     try:
         return parse_config(settings)
     except ValueError as error:

@@ -112,6 +112,17 @@ def test_preset_sources(tmp_path: Path) -> None:
         run(None, entry={"first": 3})
 
 
+def test_presets_hold_what_a_model_needs(tmp_path: Path) -> None:
+    file = tmp_path / "copy.json"
+    file.write_text(json.dumps({"models": ["a/b"], "starting_layer": 4, "provenance": {}}))
+    assert run({"preset": str(file)}, num_layers=8).layers == (4, 5, 6, 7)
+    for key, value in (("prompt_logprobs", "triangle"), ("stats_log_interval", 1), ("preset", "x")):
+        with pytest.raises(ValueError, match=f"'{key}' is a setting of the server"):
+            run(None, entry={"layers": "1", key: value})
+    with pytest.raises(ValueError, match="neither a shipped preset nor a file"):
+        run({"preset": str(tmp_path)})
+
+
 def test_shipped_presets_are_valid_and_say_where_they_come_from() -> None:
     sizes = {"Qwen/Qwen2.5-7B-Instruct": 28, "Qwen/Qwen3-8B": 36}
     assert len(preset_names()) >= 4

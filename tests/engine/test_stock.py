@@ -37,6 +37,7 @@ def test_below_the_threshold_and_with_an_empty_set(model: Path, tmp_path: Path) 
     assert below.rows["short_prompt"] == sum(LENGTHS)
     empty = run(model, tmp_path, {"starting_layer": None, "layers": ""})
     assert empty.rows["triangle_layer_rows"] == 0
+    assert empty.rows["empty_set"] == sum(LENGTHS)
     assert below.waves == empty.waves == stock.waves
     sparse = run(model, tmp_path, {})
     assert sparse.rows["triangle"] > 0

@@ -201,7 +201,7 @@ def test_doctor(models: dict[str, str]) -> None:
 
     good = doctor(models["llama"], "--config", '{"layers": "2-3"}')
     assert good.returncode == 0, good.stdout + good.stderr
-    assert "layers 2-3 of 4 run the triangle" in good.stdout
+    assert "layers 2-3 of 4 run the triangle by kernel torch_cpu on CPU_ATTN" in good.stdout
     assert "survives pickling into a fresh process" in good.stdout
     assert "torch_cpu: error" in good.stdout
     bad = doctor(models["llama"], "--config", '{"layers": "9"}', VLLM_PLUGINS="lora")

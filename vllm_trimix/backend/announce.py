@@ -20,6 +20,7 @@ REASONS = {
     "streaming_input": "streaming-input sessions stay dense: their prompt grows",
     "mm_prefix": "requests with bidirectional image spans stay dense",
     "graph_replay": "steps that may replay a decode CUDA graph stay dense",
+    "empty_set": "the triangle set is empty: everything stays dense",
     "not_causal": "bidirectional steps stay dense",
     "ubatch": "micro-batching (DBO) is on: everything stays dense",
     "prompt_len_unknown": "the prompt length of some rows is unknown; they stay dense",

@@ -85,6 +85,9 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
                     stock[layer] = reason
             impls.append(impl)
         if impls:
+            # Sliding layers are a KV-cache group of their own, and other pipeline stages are other processes.
+            sliding = settings.sliding_layers(self.vllm_config.model_config)
+            stock |= dict.fromkeys(sliding.intersection(self.resolved.layers), "sliding_window")
             announce.start_line(
                 self.vllm_config, self.resolved, dense=self.dense_name, kernel=self.trimix_kernel, stock=stock
             )
@@ -145,6 +148,8 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
         )
 
     def _step_reason(self, common: CommonAttentionMetadata) -> str | None:
+        if not self.resolved.layers:
+            return "empty_set"
         if common.causal is not True:
             return "not_causal"
         if self._ubatching:

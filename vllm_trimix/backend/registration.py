@@ -75,13 +75,18 @@ def _checked_config(original: Callable[..., Any]) -> Callable[..., Any]:
             except ValueError as error:
                 raise ConfigurationError(str(error)) from None
             admission.install()
-        elif isinstance(vllm_config.additional_config, dict) and "trimix" in vllm_config.additional_config:
+        elif _ignored_entry(vllm_config.additional_config):
             logger.warning_once(
                 "additional_config has a 'trimix' entry, but the attention backend is not TRIMIX; it is ignored. "
                 "Add --attention-backend TRIMIX to use it."
             )
 
     return check_and_update_config
+
+
+def _ignored_entry(additional: Any) -> bool:
+    """Whether a ``trimix`` entry was written for nothing; a draft model's copy of a TRIMIX configuration is not."""
+    return isinstance(additional, dict) and "trimix" in additional and "trimix_resolved" not in additional
 
 
 def _composed_backend(original: Callable[..., Any]) -> Callable[..., Any]:

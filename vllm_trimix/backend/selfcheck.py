@@ -135,8 +135,8 @@ def _run_triton(
     )
 
 
-def resolved_for(model: str, raw: Any) -> Resolved:
-    """What would run for a model and a ``trimix`` entry, by vLLM's own configuration.
+def resolved_for(model: str, raw: Any) -> tuple[Resolved, str]:
+    """What would run for a model and a ``trimix`` entry, by vLLM's own configuration, and the kernel.
 
     Raises:
         ValueError: As at server start.
@@ -147,4 +147,6 @@ def resolved_for(model: str, raw: Any) -> Resolved:
 
     entry = {} if raw is None else {settings.ENTRY: raw}
     args = EngineArgs(model=model, attention_backend=NAME, additional_config=entry, enforce_eager=True)
-    return settings.of(args.create_engine_config())
+    resolved = settings.of(args.create_engine_config())
+    dense = resolved.dense_backend or ("CPU_ATTN" if current_platform.is_cpu() else "the platform's dense backend")
+    return resolved, f"{'torch_cpu' if current_platform.is_cpu() else 'triton'} on {dense}"

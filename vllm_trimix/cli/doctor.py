@@ -62,7 +62,9 @@ def _plugin() -> str:
     """The entry point is installed and not filtered out."""
     points = list(importlib.metadata.entry_points(group="vllm.general_plugins", name="trimix"))
     if not points:
-        raise RuntimeError("entry point vllm.general_plugins:trimix not found; reinstall with pip install vllm-trimix")
+        raise RuntimeError(
+            "entry point vllm.general_plugins:trimix not found; reinstall it: pip install . in its checkout"
+        )
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "trimix" not in allowed.split(","):
         raise RuntimeError(f"VLLM_PLUGINS={allowed!r} leaves TRIMIX out; add trimix to it or unset it")
@@ -119,9 +121,9 @@ def _model(model: str, config: str | None) -> str:
         raw = json.loads(config) if config else None
     except ValueError as error:
         raise ValueError(f"--config is not JSON: {error}") from None
-    settings = resolved_for(model, raw)
+    settings, kernel = resolved_for(model, raw)
     return (
-        f"layers {format_layers(settings.layers)} of {settings.num_layers} run the triangle "
+        f"layers {format_layers(settings.layers)} of {settings.num_layers} run the triangle by kernel {kernel} "
         f"(n_init {settings.n_init}, n_local {settings.n_local}, last_n {settings.last_n}) for prompts of at least "
         f"{settings.min_prompt_len} tokens; from {settings.source}"
     )
