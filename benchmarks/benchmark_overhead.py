@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -36,13 +38,11 @@ def _no_metadata(*_: object) -> SimpleNamespace:
 
 
 def plan_time(model: Path, *, num_requests: int = 64, num_prefill: int = 4, repeats: int = 2000) -> dict[str, float]:
-    """Time of our part of building one step's metadata, in microseconds.
+    """Time of our part of building one step's metadata, in microseconds, on one thread as in a worker bound to one core.
 
     vLLM's real builder runs on a real step; only the dense backend's own two builds are left out. One of the prompts
     ends in this step, so that the dense remainder has a last-rows part beside the decodes.
     """
-    # As vLLM's worker does on one core.
-    torch.set_num_threads(1)
     vllm_config = EngineArgs(
         model=str(model),
         attention_backend="TRIMIX",
@@ -122,6 +122,11 @@ def tracked_when_idle(log: str) -> int:
 
 
 def main() -> None:
+    if os.environ.get("OMP_NUM_THREADS") != "1":
+        # Read when torch is loaded, so it must be there before this process starts.
+        os.execve(
+            sys.executable, [sys.executable, "-m", __spec__.name, *sys.argv[1:]], {**os.environ, "OMP_NUM_THREADS": "1"}
+        )
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--cpus", default="0")

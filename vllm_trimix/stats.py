@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 BY_RULE = ("triangle", "last_n", "decode", "cached")
+TOTALS = ("steps", "triangle_layer_rows", "tracked_requests")
 
 
 class Stats:
@@ -47,7 +48,8 @@ class Stats:
         """The log line: rows by class since a snapshot, fixed ``key=value`` format."""
         now = self.snapshot()
         delta = {key: value - since.get(key, 0) for key, value in now.items()}
-        dense = {key: delta[key] for key in sorted(self.rows) if key not in BY_RULE and delta[key]}
+        # From the snapshot, not from the live counters: the engine's thread may add a reason meanwhile.
+        dense = {key: delta[key] for key in sorted(now) if key not in (*BY_RULE, *TOTALS) and delta[key]}
         by_rule = " ".join(f"{key}={delta.get(key, 0)}" for key in BY_RULE)
         reasons = ",".join(f"{key}:{value}" for key, value in dense.items()) or "none"
         return (

@@ -120,6 +120,15 @@ def test_bad_xargs_are_refused(server: Server, path: str, value: Any, stream: bo
     assert "allowed values: 'on' (default), 'off'" in response.text
 
 
+def test_beam_search_cannot_drop_the_opt_out(server: Server) -> None:
+    body = {"prompt": "amber", "max_tokens": 2, "n": 2, "use_beam_search": True}
+    assert server.post("/v1/completions", body).status_code == 200
+    for value, message in (("off", "can't be combined with use_beam_search"), ("of", "allowed values")):
+        response = server.post("/v1/completions", {**body, "vllm_xargs": {"trimix": value}})
+        assert response.status_code == 400
+        assert message in response.text
+
+
 def test_the_stamp_cannot_be_forged(server: Server) -> None:
     response = server.post(
         "/v1/completions", {"prompt": "amber", "max_tokens": 2, "vllm_xargs": {"trimix_dense": "opt_out"}}

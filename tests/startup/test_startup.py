@@ -53,7 +53,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Any, str | None]] = {
     "outside": ("llama", {}, {"starting_layer": 4}, "trimix.starting_layer: 4 is outside this model's 4 layers (0-3)"),
     "malformed": ("llama", {}, {"layers": "1;2"}, "'1;2' in '1;2' is not a layer or a range"),
     "no layers": ("llama", {}, None, "will not guess its layers"),
-    "sliding": ("mistral", {}, {"layers": "2-3"}, "2-3 are all sliding-window layers"),
+    "sliding": ("mistral", {}, {"layers": "2-3"}, "2-3 all stay stock in"),
     "mla": ("mla", {"trust_remote_code": False}, {"layers": "2-3"}, "does not support MLA models"),
     "pooling": ("llama", {"runner": "pooling"}, {"layers": "2-3"}, "does not support pooling models"),
     "encoder": ("encoder", {}, {"layers": "2-3"}, "does not support pooling models"),

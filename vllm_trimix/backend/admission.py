@@ -8,6 +8,8 @@ and prompts below the threshold share a namespace, so that chats keep their cach
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +32,11 @@ SALT_AWARE_CONNECTORS = (
     "LMCacheMPConnector",
 )
 
+BEAM_REQUESTS = (
+    ("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest"),
+    ("vllm.entrypoints.openai.completion.protocol", "CompletionRequest"),
+)
+
 _engines: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -41,6 +48,10 @@ def install() -> None:
     compat.wrap_once(InputProcessor, "__init__", _registered)
     compat.wrap_once(InputProcessor, "process_inputs", _admitted)
     compat.wrap_once(SamplingParams, "_verify_args", _verified)
+    # Beam search makes its own SamplingParams, without extra_args.
+    for module, name in BEAM_REQUESTS:
+        with contextlib.suppress(ImportError):
+            compat.wrap_once(getattr(importlib.import_module(module), name), "to_beam_search_params", _beam)
 
 
 def check_extra_args(extra_args: dict[str, Any] | None) -> None:
@@ -125,6 +136,23 @@ def _verified(original: Callable[..., Any]) -> Callable[..., Any]:
             check_extra_args(self.extra_args)
 
     return _verify_args
+
+
+def _beam(original: Callable[..., Any]) -> Callable[..., Any]:
+    def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _engines:
+            from vllm.exceptions import VLLMValidationError
+
+            check_extra_args(self.vllm_xargs)
+            if (self.vllm_xargs or {}).get(KEY) == "off":
+                raise VLLMValidationError(
+                    f"vllm_xargs.{KEY} 'off' can't be combined with use_beam_search: beam search makes requests of its "
+                    "own, without extra arguments. Leave one of them out",
+                    parameter="vllm_xargs",
+                )
+        return original(self, *args, **kwargs)
+
+    return to_beam_search_params
 
 
 def _refuse_reserved_salt(cache_salt: str | None) -> None:

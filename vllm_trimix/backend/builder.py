@@ -54,6 +54,8 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kwargs)
         requests.install()
+        # vLLM wraps builders whose metadata it rewrites (chunked attention, static sinks): rows are not requests there.
+        self._wrapped = "trimix_kernel" not in vars(type(self))
         self.resolved = settings.of(vllm_config)
         self._impls = self._bind_layers(layer_names)
         self._active = [impl for impl in self._impls if impl.trimix_active]
@@ -78,16 +80,17 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
                 continue
             layer = extract_layer_index(name)
             if layer in self.resolved.layers:
-                reason = impl.trimix_dense_reason or _scales_reason(context[name])
+                wrapped = "wrapped_backend" if self._wrapped else None
+                reason = wrapped or impl.trimix_dense_reason or _scales_reason(context[name])
                 if reason is None:
                     impl.trimix_active = True
                 else:
                     stock[layer] = reason
             impls.append(impl)
         if impls:
-            # Sliding layers are a KV-cache group of their own, and other pipeline stages are other processes.
-            sliding = settings.sliding_layers(self.vllm_config.model_config)
-            stock |= dict.fromkeys(sliding.intersection(self.resolved.layers), "sliding_window")
+            # Such layers are in KV-cache groups of their own, and other pipeline stages are other processes.
+            known = settings.ineligible_layers(self.vllm_config.model_config)
+            stock |= {layer: reason for layer, reason in known.items() if layer in self.resolved.layers}
             announce.start_line(
                 self.vllm_config, self.resolved, dense=self.dense_name, kernel=self.trimix_kernel, stock=stock
             )
@@ -120,7 +123,7 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
         # For the kernel's warm-up, which runs on steps without a plan.
         metadata.trimix_block_table = common_attn_metadata.block_table_tensor
         step = requests.current()
-        if step is not None:
+        if step is not None and not self._wrapped:
             plan = self._plan(step, common_attn_metadata)
             if not step.planned:
                 self._count(step, plan)
@@ -152,6 +155,8 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
             return "empty_set"
         if common.causal is not True:
             return "not_causal"
+        if _image_rows(common):
+            return "mm_prefix"
         if self._ubatching:
             return "ubatch"
         mode = self.vllm_config.compilation_config.cudagraph_mode
@@ -251,6 +256,19 @@ class SharedWorkspace(TrimixBuilder):
     def _share(self, workspace: Any) -> None:
         if self._dense_builder is not None:
             self._dense_builder.set_workspace_buffer(workspace)
+
+
+def _image_rows(common: CommonAttentionMetadata) -> bool:
+    """Whether a scheduled row may lie in a bidirectional image span: the dense remainder carries no spans."""
+    ranges, lens = common.mm_req_doc_ranges, common.seq_lens_cpu_upper_bound
+    if not ranges or lens is None:
+        return bool(ranges)
+    starts = common.query_start_loc_cpu
+    return any(
+        end >= int(lens[request]) - int(starts[request + 1] - starts[request])
+        for request, spans in ranges.items()
+        for _, end in spans
+    )
 
 
 def _scales_reason(layer: Any) -> str | None:

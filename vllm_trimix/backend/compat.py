@@ -15,7 +15,10 @@ Every patch of vLLM that this package makes is listed here, with its cause and w
 6. ``SamplingParams._verify_args`` (admission): a bad ``vllm_xargs.trimix`` must be refused before a streaming response
    has begun. Goes when plugins may validate extra arguments.
 
-4 to 6 are installed only where a TRIMIX engine runs.
+7. ``to_beam_search_params`` of the chat and completion requests (admission): beam search drops extra arguments, so an
+   opt-out would be ignored in silence. Goes when beam search passes them on.
+
+4 to 7 are installed only where a TRIMIX engine runs.
 """
 
 from __future__ import annotations

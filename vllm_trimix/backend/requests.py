@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_trimix.backend import compat
-from vllm_trimix.backend.admission import DENSE_KEY
+from vllm_trimix.backend.admission import DENSE_KEY, KEY
 from vllm_trimix.config import Resolved
 from vllm_trimix.plan import Request
 from vllm_trimix.stats import Stats
@@ -59,6 +59,9 @@ class Step:
         stamp = (params.extra_args or {}).get(DENSE_KEY)
         if stamp is not None:
             return Request(prompt_len, stamp)
+        if (params.extra_args or {}).get(KEY) == "off":
+            # Only where admission was bypassed: without a namespace, but dense.
+            return Request(prompt_len, "opt_out")
         if self._resolved.prompt_logprobs == "dense" and reads_prompt_rows(params):
             return Request(prompt_len, "prompt_logprobs")
         if self._mm_prefix and new.mm_features:

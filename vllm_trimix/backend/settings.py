@@ -100,6 +100,9 @@ def _check_features(vllm_config: Any) -> None:
         "--decode-context-parallel-size": getattr(parallel, "decode_context_parallel_size", 1) > 1,
         "VLLM_BATCH_INVARIANT": envs.VLLM_BATCH_INVARIANT,
         "adaptive verification of draft tokens": getattr(speculative, "enable_adaptive_verification", False),
+        "VLLM_USE_RUST_FRONTEND (it admits requests without opt-out and namespaces)": getattr(
+            envs, "VLLM_USE_RUST_FRONTEND", False
+        ),
         "R-SWA models": getattr(vllm_config.model_config, "rswa_window", None) is not None,
     }
     found = [name for name, on in asked.items() if on]
@@ -119,22 +122,35 @@ def _check_dense_backend(resolved: Resolved) -> None:
 
 
 def _check_layers(resolved: Resolved, model_config: Any) -> None:
-    """Refuses a triangle set that holds only sliding-window layers; an empty set is the user's own choice."""
-    sliding = sliding_layers(model_config)
-    if resolved.layers and sliding.issuperset(resolved.layers):
-        full = [layer for layer in range(resolved.num_layers) if layer not in sliding]
+    """Refuses a triangle set in which no layer can be sparse; an empty set is the user's own choice."""
+    ineligible = ineligible_layers(model_config)
+    if resolved.layers and ineligible.keys() >= set(resolved.layers):
+        full = [layer for layer in range(resolved.num_layers) if layer not in ineligible]
+        reasons = ", ".join(sorted({ineligible[layer] for layer in resolved.layers}))
         raise ValueError(
-            f"trimix.layers: {format_layers(resolved.layers)} are all sliding-window layers of {model_config.model}, "
-            f"which stay stock; eligible: {format_layers(full)}"
+            f"trimix.layers: {format_layers(resolved.layers)} all stay stock in {model_config.model} ({reasons}); "
+            f"eligible: {format_layers(full)}"
         )
 
 
-def sliding_layers(model_config: Any) -> frozenset[int]:
-    """Layers that the model itself restricts to a window, global indices."""
+def ineligible_layers(model_config: Any) -> dict[int, str]:
+    """Layers that stay stock by the model's own design, global index to reason."""
     text_config = model_config.hf_text_config
     layer_types = getattr(text_config, "layer_types", None)
     if layer_types:
-        return frozenset(index for index, kind in enumerate(layer_types) if kind != "full_attention")
+        reasons = {index: _type_reason(str(kind)) for index, kind in enumerate(layer_types)}
+        return {index: reason for index, reason in reasons.items() if reason is not None}
     if model_config.get_sliding_window() is not None and getattr(text_config, "use_sliding_window", True):
-        return frozenset(range(model_config.get_total_num_hidden_layers()))
-    return frozenset()
+        return dict.fromkeys(range(model_config.get_total_num_hidden_layers()), "sliding_window")
+    return {}
+
+
+def _type_reason(kind: str) -> str | None:
+    """Why a layer of this Hugging Face ``layer_types`` entry stays stock, or None."""
+    if "sliding" in kind:
+        return "sliding_window"
+    if "chunked" in kind:
+        return "chunked_attention"
+    if any(word in kind for word in ("linear", "conv", "mamba", "moe", "mlp", "recurrent")):
+        return "no_attention"
+    return None
