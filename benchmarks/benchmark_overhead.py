@@ -38,7 +38,7 @@ def _no_metadata(*_: object) -> SimpleNamespace:
 
 
 def plan_time(model: Path, *, num_requests: int = 64, num_prefill: int = 4, repeats: int = 2000) -> dict[str, float]:
-    """Time of our part of building one step's metadata, in microseconds, on one thread as in a worker bound to one core.
+    """Time of our part of building one step's metadata, in microseconds, on one thread as in a worker with one core.
 
     vLLM's real builder runs on a real step; only the dense backend's own two builds are left out. One of the prompts
     ends in this step, so that the dense remainder has a last-rows part beside the decodes.
