@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 FORBIDDEN = {
-    "a package registry's host": re.compile(r"pypi\.(?:org|python)|pythonhosted\.|download\.pytorch\.|wheels\.vllm\."),
+    # An index is a URL that ends in /simple, /whl or /whl/<flavour>, or one that an index option names.
+    "a package index's address": re.compile(r"https?://\S+/(?:simple|whl)\b|--(?:extra-)?index-url[= ]\S*://"),
     "a path of one machine": re.compile(
         r"(?<![\w.])/(?:root|work|Users)/|/tmp/[a-z]/|/opt/(?!vllm-trimix)\w+|/home/(?!trimix)\w+/"
     ),
