@@ -23,6 +23,7 @@ class StepPlan:
 
     Attributes:
         spans: Rows of the triangle kernel.
+        num_rows: How many they are.
         block_table: Page ids, [num_requests, max_blocks], int32, on the device.
         tiles: The spans cut into the kernel's tiles, [num_tiles, 4] int32 on the device; None on CPUs.
         tile_rows: Query rows of a tile.
@@ -32,6 +33,7 @@ class StepPlan:
     """
 
     spans: list[Span]
+    num_rows: int
     block_table: torch.Tensor
     tiles: torch.Tensor | None
     tile_rows: int
@@ -182,6 +184,7 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
             tiles = cut_tiles(plan.triangle, self._tile_rows).to(self.device, non_blocking=True)
         return StepPlan(
             spans=plan.triangle,
+            num_rows=plan.rows["triangle"],
             block_table=common.block_table_tensor,
             tiles=tiles,
             tile_rows=self._tile_rows,

@@ -105,7 +105,7 @@ class TrimixImpl(AttentionImpl[Any]):
             self._forward_dense(layer, query, key, value, kv_cache, step, output)
         kernel = self._forward_cpu if self.trimix_kernel == "torch_cpu" else self._forward_triton
         kernel(layer, query, kv_cache, step, output)
-        step.stats.triangle_layer_rows += sum(span.num_rows for span in step.spans)
+        step.stats.triangle_layer_rows += step.num_rows
         return output
 
     def _forward_dense(
@@ -174,6 +174,7 @@ class TrimixImpl(AttentionImpl[Any]):
         self._cold = False
         idle = StepPlan(
             spans=[],
+            num_rows=0,
             block_table=block_table,
             tiles=torch.zeros(1, 4, dtype=torch.int32, device=query.device),
             tile_rows=self.trimix_tile_rows(),
