@@ -25,8 +25,9 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from benchmarks.configurations import Configuration
 from benchmarks.environment import environment
-from benchmarks.servers import Configuration, Server, serve
+from benchmarks.servers import Server, serve
 from vllm_trimix.backend import requests, settings
 from vllm_trimix.cli.main import main as trimix_cli
 from vllm_trimix.plan import Request
@@ -112,8 +113,8 @@ def memory_slope(server: Server, *, first: int = 100, last: int = 200) -> dict[s
             body["vllm_xargs"] = {"trimix": "off"}
         server.client.post("/v1/completions", json=body).raise_for_status()
         if number + 1 == first:
-            at_first = server.peak_memory()
-    return {"bytes_per_request": (server.peak_memory() - at_first) / (last - first)}
+            at_first = server.memory()
+    return {"bytes_per_request": (server.memory() - at_first) / (last - first)}
 
 
 def tracked_when_idle(log: str) -> int:
@@ -140,17 +141,17 @@ def main() -> None:
         result["plan_64_requests_4_prefill"] = plan_time(model)
         for configuration in (Configuration("stock", None), Configuration("trimix", trimix)):
             with serve(
-                configuration,
+                [configuration],
                 model,
                 Path(scratch),
                 max_model_len=8192,
                 cpus=args.cpus,
                 arguments=["--load-format=dummy", "--dtype=bfloat16", "--enforce-eager"],
-            ) as server:
+            ) as [server]:
                 result[f"memory_{configuration.name}"] = memory_slope(server)
                 if configuration.trimix is not None:
                     time.sleep(2.5)
-                    result["tracked_requests_when_idle"] = tracked_when_idle(server.log.read_text())
+                    result["tracked_requests_when_idle"] = tracked_when_idle(server.text())
     text = json.dumps(result, indent=1)
     (args.output / "result.json").write_text(text + "\n")
     print(text)

@@ -1,171 +1,217 @@
-"""Time to first token and inter-token latency, TRIMIX against stock vLLM, both served, asked in turn.
+"""Time to first token and latency between tokens, TRIMIX against stock vLLM, served and asked by ``vllm bench serve``.
 
-    python -m benchmarks.benchmark_ttft --output benchmarks/results/NAME
+    python -m benchmarks.benchmark_ttft --output build/ttft            # 512 to 32K tokens
+    python -m benchmarks.benchmark_ttft --output build/quick --quick   # under 8 minutes on two cores
 
-Both servers are up; each round asks stock, then TRIMIX, then the next round the other way round; the idle one is
-stopped. The figure is the ratio of medians, with a bootstrap interval. Run it with the machine to itself.
+All servers are up, one is awake at a time; each round asks every configuration, the next round in the reverse order.
+Interrupted runs go on where they stopped when called again. Run it with the machine to itself.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import random
-import statistics
+import signal
+import sys
 import tempfile
+import time
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.configurations import IDEAL, configurations, resolved_settings
 from benchmarks.environment import environment
-from benchmarks.servers import Configuration, Server, serve
-from vllm_trimix.cli.main import main as trimix_cli
+from benchmarks.gate import check
+from benchmarks.models import add_model_arguments, check_lengths, prepare_model, read_config
+from benchmarks.report import markdown, plot_ttft
+from benchmarks.rounds import Rounds, summarise
+from benchmarks.servers import Server, ServerError, choose_port, serve
+from vllm_trimix.config import Resolved
+
+_WARM_UP = -1
+_MAX_IDLE_CPU = 0.01
+_QUICK_LENGTHS = "2048,4096,8192"
+_LENGTHS = "512,1024,2048,4096,8192,16384,32768"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for result.json and report.md")
-    parser.add_argument("--model", type=Path, help="checkpoint or shape; default: the 8-layer bench shape")
-    parser.add_argument("--lengths", default="512,1024,2048,4096,8192,16384,32768", help="prompt tokens")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--decode-tokens", type=int, default=32, help="tokens after the first, for latency between them"
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.benchmark_ttft",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--trimix", default='{"starting_layer": 4}', help="the trimix entry, JSON")
-    parser.add_argument("--cpus", default="0", help="cores of each server's worker, on CPU machines")
-    parser.add_argument("--serve-args", nargs="*", default=["--load-format=dummy", "--dtype=bfloat16"])
-    args = parser.parse_args()
-    lengths = [int(length) for length in args.lengths.split(",")]
-    args.output.mkdir(parents=True, exist_ok=True)
-    configurations = [Configuration("stock", None), Configuration("trimix", json.loads(args.trimix))]
-    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
-        model = args.model
-        if model is None:
-            model = Path(scratch) / "bench"
-            trimix_cli(["make-bench-model", str(model), "--shape", "bench-8l"])
-        servers = [
-            stack.enter_context(
-                serve(
-                    configuration,
-                    model,
-                    Path(scratch),
-                    max_model_len=max(lengths) + args.decode_tokens + 8,
-                    cpus=args.cpus,
-                    arguments=args.serve_args,
-                )
-            )
-            for configuration in configurations
-        ]
-        samples = measure(servers, lengths, repeats=args.repeats, decode_tokens=args.decode_tokens)
-    result = {
-        "environment": environment(),
-        "settings": {
-            "trimix": json.loads(args.trimix),
-            "serve_args": args.serve_args,
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
+    add_model_arguments(parser)
+    parser.add_argument("--lengths", help=f"prompt tokens (default: {_LENGTHS})")
+    parser.add_argument("--concurrency", default="1", help="requests at a time, e.g. 1,4 (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds per length, at least 5 for a figure")
+    parser.add_argument(
+        "--decode-tokens", type=int, default=32, help="tokens after the first, for the latency between them"
+    )
+    parser.add_argument("--trimix", default='{"starting_layer": 4}', metavar="JSON", help="the trimix entry")
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="another configuration: a trimix entry, or null for stock; again for more",
+    )
+    parser.add_argument("--no-ideal", action="store_true", help="leave the floor out (no captured saving)")
+    parser.add_argument("--no-breakdown", action="store_true", help="leave out where the time goes")
+    parser.add_argument("--quick", action="store_true", help=f"lengths {_QUICK_LENGTHS}")
+    parser.add_argument("--cpus", default="0", help="cores of each server's worker on CPU machines (default: 0)")
+    parser.add_argument("--port", type=int, default=0, help="of the first server; the next ones follow (default: any)")
+    parser.add_argument("--start-timeout", type=float, default=900, metavar="S", help="for a server to be healthy")
+    parser.add_argument(
+        "--serve-arg",
+        action="append",
+        metavar="ARG",
+        help="vllm serve argument of every server, e.g. --serve-arg=--kv-cache-dtype=fp8; again for more "
+        "(default: --dtype=bfloat16, and --load-format=dummy for shapes)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    # So that a plain kill stops the servers as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        return run(args)
+    except (ValueError, ServerError, OSError) as error:
+        print(f"benchmark_ttft: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures what is not measured yet, and writes the results, also when it ends early."""
+    lengths = _integers("--lengths", args.lengths or (_QUICK_LENGTHS if args.quick else _LENGTHS))
+    loads = [(length, c) for c in _integers("--concurrency", args.concurrency) for length in lengths]
+    if args.repeats < 1 or args.decode_tokens < 0:
+        raise ValueError(f"--repeats: {args.repeats}, --decode-tokens: {args.decode_tokens}; the least are 1 and 0")
+    compared = configurations(args.trimix, args.config, ideal=not args.no_ideal)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        model = prepare_model(args.model, args.shape, scratch)
+        check_lengths(lengths, model, answer_tokens=1 + args.decode_tokens)
+        resolved = {configuration.name: resolved_settings(configuration, model) for configuration in compared}
+        arguments = args.serve_arg or ["--dtype=bfloat16", *([] if args.model else ["--load-format=dummy"])]
+        for index in range(len(compared) if args.port else 0):
+            choose_port(args.port + index)
+        args.output.mkdir(parents=True, exist_ok=True)
+        where = environment()
+        settings = {
+            "model": str(args.model or args.shape),
+            "configurations": {c.name: {"trimix": c.trimix, "arguments": list(c.arguments)} for c in compared},
+            "serve_arguments": arguments,
             "cpus": args.cpus,
-            "repeats": args.repeats,
             "decode_tokens": args.decode_tokens,
-        },
-        "rows": summarise(samples),
-        "samples": samples,
-    }
-    (args.output / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.output / "report.md").write_text(report(result))
-    print(report(result))
+        }
+        rounds = Rounds(args.output, {**settings, **{key: where[key] for key in ("commit", "cpu", "gpu", "versions")}})
+        options = {"cpus": args.cpus, "arguments": arguments, "start_timeout": args.start_timeout}
+        seen = _gate(
+            args,
+            resolved,
+            configurations=compared,
+            num_layers=read_config(model)["num_hidden_layers"],
+            models=scratch,
+            logs=args.output,
+            longest=max(lengths),
+            **options,
+        )
+        todo = [load for load in loads if not all(rounds.has(*load, repeat) for repeat in range(args.repeats))]
+        try:
+            if todo:
+                longest = max(length for length, _ in todo) + 1 + args.decode_tokens
+                with serve(compared, model, args.output, max_model_len=longest, port=args.port, **options) as servers:
+                    measure(servers, model, todo, rounds, repeats=args.repeats, decode_tokens=args.decode_tokens)
+        finally:
+            if rounds.done:
+                rows = summarise(rounds.done, resolved)
+                result = {"environment": where, "settings": settings, "gate": seen, "rows": rows, "rounds": rounds.done}
+                write(result, args.output)
+    print((args.output / "report.md").read_text())
+    return 0
 
 
-def measure(servers: list[Server], lengths: list[int], *, repeats: int, decode_tokens: int) -> list[dict[str, Any]]:
-    """Asks every server every length, interleaved; one warm-up per length and server, not kept."""
-    generator = random.Random(0)
-    samples = []
+def measure(
+    servers: list[Server], model: Path, todo: list[tuple[int, int]], rounds: Rounds, *, repeats: int, decode_tokens: int
+) -> None:
+    """Asks every server, round by round; one warm-up round per length and concurrency, not kept."""
+    from benchmarks.client import Load, ask
+
+    log = servers[0].log.with_name("client.log")
+    log.write_text("")
     for server in servers:
         with server.awake():
             pass
-    with tqdm(total=len(lengths) * (repeats + 1) * len(servers), unit="request") as bar:
-        for length in lengths:
-            for repeat in range(repeats + 1):
-                # A fresh prompt each round, the same for all servers; token 3 and up are ordinary words.
-                prompt = [generator.randrange(3, 4000) for _ in range(length)]
+    missing = {load: [r for r in range(repeats) if not rounds.has(*load, r)] for load in todo}
+    with tqdm(total=len(servers) * sum(1 + len(repeats) for repeats in missing.values()), unit="request") as bar:
+        for (length, concurrency), left in missing.items():
+            for repeat in (_WARM_UP, *left):
+                # The same prompts for all servers, new ones each round.
+                seed = zlib.crc32(f"{length},{concurrency},{repeat}".encode())
+                load = Load(length, concurrency, decode_tokens, seed)
+                measurements, idle = {}, dict.fromkeys((server.name for server in servers), 0.0)
                 for server in servers if repeat % 2 else servers[::-1]:
-                    bar.set_description(f"{length} {server.configuration.name}")
+                    bar.set_description(f"{length} tokens x {concurrency}, {server.name}")
+                    others = [other for other in servers if other is not server]
+                    used, start = [other.cpu_seconds() for other in others], time.monotonic()
                     with server.awake():
-                        timing = server.ask(prompt, max_tokens=1 + decode_tokens)
+                        server.reset_peak()
+                        measurements[server.name] = {
+                            **ask(server, model, load, log),
+                            "peak_memory_bytes": server.peak_memory(),
+                            "gpu_memory_bytes": server.gpu_memory(),
+                        }
+                    for other, before in zip(others, used, strict=True):
+                        share = (other.cpu_seconds() - before) / (time.monotonic() - start)
+                        idle[other.name] = max(idle[other.name], share)
                     bar.update()
-                    if repeat:
-                        samples.append(
-                            {
-                                "config": server.configuration.name,
-                                "length": length,
-                                "ttft_s": round(timing.ttft, 5),
-                                "itl_s": round(timing.itl, 6),
-                                "memory_bytes": server.peak_memory(),
-                            }
-                        )
-    return samples
+                for name, share in idle.items():
+                    if share > _MAX_IDLE_CPU:
+                        raise ServerError(f"{name}: used {100 * share:.1f}% of a core while another server was timed")
+                    measurements[name]["idle_cpu"] = round(share, 4)
+                if repeat != _WARM_UP:
+                    key = {"length": length, "concurrency": concurrency, "repeat": repeat}
+                    rounds.add({**key, "measurements": measurements})
 
 
-def summarise(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Medians per configuration and length, with the ratio to stock and its bootstrap interval."""
-    rows = []
-    for length in dict.fromkeys(sample["length"] for sample in samples):
-        stock = [sample for sample in samples if sample["length"] == length and sample["config"] == "stock"]
-        for config in dict.fromkeys(sample["config"] for sample in samples):
-            mine = [sample for sample in samples if sample["length"] == length and sample["config"] == config]
-            ttft, base = [s["ttft_s"] for s in mine], [s["ttft_s"] for s in stock]
-            pairs = [a / b for a, b in zip(ttft, base, strict=True)]
-            itl, base_itl = [s["itl_s"] for s in mine], [s["itl_s"] for s in stock]
-            rows.append(
-                {
-                    "config": config,
-                    "length": length,
-                    "concurrency": 1,
-                    "repeats": len(mine),
-                    "ttft_median_s": statistics.median(ttft),
-                    "ttft_ci95_s": interval(ttft),
-                    "ratio_to_stock": round(statistics.median(ttft) / statistics.median(base), 4),
-                    "pair_ratio_ci95": [round(value, 4) for value in interval(pairs)],
-                    "itl_median_s": statistics.median(itl),
-                    "itl_ratio_to_stock": round(statistics.median(itl) / statistics.median(base_itl), 4),
-                    "peak_memory_bytes": max(s["memory_bytes"] for s in mine),
-                }
-            )
-    return rows
+def write(result: dict[str, Any], output: Path) -> None:
+    """result.json, report.md and the plot."""
+    (output / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    (output / "report.md").write_text(markdown(result))
+    plot_ttft(result, output / "ttft.png")
 
 
-def interval(values: list[float], draws: int = 2000) -> list[float]:
-    """95% bootstrap interval of the median."""
-    generator = random.Random(0)
-    medians = sorted(statistics.median(generator.choices(values, k=len(values))) for _ in range(draws))
-    return [medians[int(0.025 * draws)], medians[int(0.975 * draws)]]
+def _gate(args: argparse.Namespace, resolved: dict[str, Resolved | None], **options: Any) -> dict[str, str]:
+    """Checks every configuration but the floor; what has passed is remembered in the output folder."""
+    file = args.output / "gate.json"
+    seen: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
+    for configuration in options.pop("configurations"):
+        name = configuration.name
+        if name not in seen and name != IDEAL:
+            print(f"correctness gate: {name}", file=sys.stderr, flush=True)
+            seen[name] = check(configuration, resolved[name], **options)
+            file.write_text(json.dumps(seen, indent=1) + "\n")
+    return seen
 
 
-def report(result: dict[str, Any]) -> str:
-    """The table, as Markdown."""
-    env = result["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
-    device = env["gpu"] or f"{env['cpu']}, worker on core(s) {result['settings']['cpus']}, AMX {env['amx']}"
-    lines = [
-        f"{device}; {versions}; {env['date']}; commit {env['commit']}; `trimix` = "
-        f"`{json.dumps(result['settings']['trimix'])}`; {result['rows'][0]['repeats']} interleaved repeats.",
-        "",
-        "| prompt tokens | stock TTFT (s) | TRIMIX TTFT (s) | ratio (of pairs) | latency between tokens, ratio |",
-        "|---|---|---|---|---|",
-    ]
-    rows = {(row["config"], row["length"]): row for row in result["rows"]}
-    for length in dict.fromkeys(row["length"] for row in result["rows"]):
-        stock, mine = rows["stock", length], rows["trimix", length]
-        times = (
-            f"{row['ttft_median_s']:.3f} ({row['ttft_ci95_s'][0]:.3f}-{row['ttft_ci95_s'][1]:.3f})"
-            for row in (stock, mine)
-        )
-        lines.append(
-            f"| {length} | {' | '.join(times)} | {mine['ratio_to_stock']:.2f} "
-            f"({mine['pair_ratio_ci95'][0]:.2f}-{mine['pair_ratio_ci95'][1]:.2f}) | {mine['itl_ratio_to_stock']:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+def _integers(flag: str, text: str) -> list[int]:
+    try:
+        found = list(dict.fromkeys(int(item) for item in text.split(",")))
+    except ValueError:
+        raise ValueError(f"{flag}: {text!r} is not a list of numbers; write e.g. 512,1024") from None
+    if min(found) < 1:
+        raise ValueError(f"{flag}: {min(found)} is too small; the least is 1")
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

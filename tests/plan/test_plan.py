@@ -140,3 +140,10 @@ def test_threshold_and_step_reasons_are_counted() -> None:
     plan = build_plan(*step, pattern=pattern, min_prompt_len=0, step_reason="graph_replay")
     assert plan.rows == {"graph_replay": 40, "decode": 1}
     assert plan.triangle == []
+
+
+@given(prompt_len=st.integers(1, 80), n_init=st.integers(0, 9), n_local=st.integers(1, 20), last_n=st.integers(0, 90))
+def test_visible_pairs_are_those_of_the_mask(prompt_len: int, n_init: int, n_local: int, last_n: int) -> None:
+    pattern = Triangle(n_init=n_init, n_local=n_local, last_n=last_n)
+    positions = torch.arange(prompt_len)
+    assert pattern.visible_pairs(prompt_len) == int(pattern.mask(positions, positions, prompt_len).sum())

@@ -40,6 +40,14 @@ class Triangle:
         i, j = q_positions[:, None], k_positions[None, :]
         return (j <= i) & ((j < self.n_init) | (i - j < self.n_local) | (i >= prompt_len - self.last_n))
 
+    def visible_pairs(self, prompt_len: int) -> int:
+        """Visible (query, key) pairs of one head over a whole prompt; dense attention has P (P + 1) / 2."""
+        body = max(0, prompt_len - self.last_n)
+        window = self.n_init + self.n_local
+        growing = min(body, window)
+        streaming = growing * (growing + 1) // 2 + (body - growing) * window
+        return streaming + (prompt_len * (prompt_len + 1) - body * (body + 1)) // 2
+
     @property
     def dense_len(self) -> int:
         """Longest prompt, in tokens, on which the pattern hides nothing."""

@@ -1,0 +1,150 @@
+"""What a served benchmark found, as Markdown and as plots."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.configurations import IDEAL, STOCK
+
+_COLOURS = {STOCK: "#4d4d4d", IDEAL: "#b0b0b0"}
+_OTHERS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
+
+
+def device_line(environment: dict[str, Any]) -> str:
+    """Hardware, versions and date in one line."""
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    amx = "AMX" if environment["amx"] else "no AMX"
+    device = environment["gpu"] or f"{environment['cpu']} ({environment['cores']} cores, {amx})"
+    return f"{device}; {versions}; {environment['date']}; commit {environment['commit']}"
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The report."""
+    settings, rows = result["settings"], result["rows"]
+    cores = "" if result["environment"]["gpu"] else f", each server's worker on core(s) {settings['cpus']}"
+    repeats = sorted({row["repeats"] for row in rows})
+    lines = [
+        "# Time to first token, TRIMIX against stock vLLM",
+        "",
+        f"{device_line(result['environment'])}. Model `{settings['model']}`{cores}; "
+        f"{'-'.join(map(str, repeats))} interleaved rounds after a warm-up per length, one server awake at a time "
+        f"(idle ones used at most {100 * max(row['idle_cpu'] for row in rows):.1f}% of a core), prefix caching off. "
+        "Medians; in brackets 95% bootstrap intervals over rounds.",
+        "",
+        *(f"- `{name}`: {_describe(entry)}" for name, entry in settings["configurations"].items()),
+        "",
+        *(f"- correctness gate, `{name}`: {seen}" for name, seen in result["gate"].items()),
+    ]
+    for concurrency in dict.fromkeys(row["concurrency"] for row in rows):
+        mine = [row for row in rows if row["concurrency"] == concurrency]
+        lines += ["", f"## {concurrency} request{'s' if concurrency > 1 else ''} at a time", "", *_table(mine)]
+    lines += [
+        "",
+        "`captured saving` = (T_stock - T) / (T_stock - T_ideal), where `ideal` leaves out the triangle layers' "
+        "prefill attention and does everything else: 1 would be attention that costs nothing. `pair bound` is the "
+        "saving if a triangle layer's attention cost what its visible (query, key) pairs cost. Latency is the mean "
+        "time between tokens after the first; throughput counts prompt and generated tokens; memory is the sum over a "
+        "server's processes of each one's peak while it served that length (on GPUs the device memory they hold).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _describe(entry: dict[str, Any]) -> str:
+    if entry["trimix"] is None:
+        return "stock vLLM, the plugin not loaded"
+    what = f"`{json.dumps(entry['trimix'])}`"
+    return f"{what}{' '.join(['', *entry['arguments']])}"
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| prompt tokens | configuration | TTFT (s) | ratio to stock | captured saving | pair bound "
+        "| latency (ms), ratio | throughput (tokens/s) | memory (MiB) |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, high = row["ttft_ci95_s"]
+        cells = [
+            str(row["length"]),
+            row["config"],
+            f"{row['ttft_median_s']:.3f} ({low:.3f}-{high:.3f})",
+            _with_interval(row["ratio_to_stock"], row["ratio_ci95"]) if row["config"] != STOCK else "1",
+            _with_interval(row["captured_saving"], row["captured_ci95"]),
+            "" if row["pair_bound"] is None else f"{row['pair_bound']:.2f}",
+            _latency(row),
+            f"{row['throughput_tokens_s']:.0f}",
+            f"{(row['gpu_memory_bytes'] or row['peak_memory_bytes']) / 2**20:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _with_interval(value: float | None, interval: list[float] | None) -> str:
+    return "" if value is None or interval is None else f"{value:.2f} ({interval[0]:.2f}-{interval[1]:.2f})"
+
+
+def _latency(row: dict[str, Any]) -> str:
+    if row["itl_median_s"] is None:
+        return ""
+    ratio = _with_interval(row["itl_ratio_to_stock"], row["itl_ratio_ci95"])
+    return f"{1000 * row['itl_median_s']:.1f}" + ("" if row["config"] == STOCK else f", {ratio}")
+
+
+def plot_ttft(result: dict[str, Any], path: Path) -> None:
+    """TTFT against prompt length, and the ratio to stock, at the lowest concurrency that was measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    concurrency = min(row["concurrency"] for row in result["rows"])
+    rows = [row for row in result["rows"] if row["concurrency"] == concurrency]
+    names = list(result["settings"]["configurations"])
+    others = iter(_OTHERS)
+    colours = {name: _COLOURS.get(name) or next(others) for name in names}
+    figure, (times, ratios) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for name in names:
+        mine = sorted((row for row in rows if row["config"] == name), key=lambda row: row["length"])
+        lengths = [row["length"] for row in mine]
+        style = {"color": colours[name], "label": name, "marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.6}
+        if name == IDEAL:
+            style["linestyle"] = "--"
+        times.errorbar(
+            lengths, [row["ttft_median_s"] for row in mine], yerr=_bars(mine, "ttft_median_s", "ttft_ci95_s"), **style
+        )
+        if name != STOCK:
+            bars = _bars(mine, "ratio_to_stock", "ratio_ci95")
+            ratios.errorbar(lengths, [row["ratio_to_stock"] for row in mine], yerr=bars, **style)
+    ratios.axhline(1, color=colours[STOCK], linewidth=1)
+    times.set(title="Time to first token", ylabel="seconds", yscale="log")
+    times.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    times.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    times.yaxis.set_minor_formatter(NullFormatter())
+    ratios.set(title="Ratio to stock (lower is better)", ylim=(0, None))
+    for axes in (times, ratios):
+        ticks = sorted({row["length"] for row in rows})
+        axes.set(xscale="log", xlabel="prompt tokens")
+        axes.set_xticks(ticks, [_thousands(tick) for tick in ticks])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    times.legend(frameon=False)
+    environment = result["environment"]
+    device = environment["gpu"] or f"{environment['cpu']}, cores {result['settings']['cpus']}"
+    figure.supxlabel(f"{device}; {environment['date']}; medians, bars: 95% intervals", fontsize=8, color="#666666")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _bars(rows: list[dict[str, Any]], key: str, interval: str) -> list[list[float]]:
+    return [
+        [max(0.0, row[key] - row[interval][0]) for row in rows],
+        [max(0.0, row[interval][1] - row[key]) for row in rows],
+    ]
+
+
+def _thousands(length: int) -> str:
+    return f"{length // 1024}K" if length % 1024 == 0 else str(length)

