@@ -1,0 +1,1 @@
+"""One layer's prefill, kernel against kernel: the parts of ``benchmarks.benchmark_kernels``."""
