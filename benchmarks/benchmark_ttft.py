@@ -30,6 +30,7 @@ from benchmarks.report import markdown, plot_ttft
 from benchmarks.rounds import Rounds, summarise
 from benchmarks.servers import Server, ServerError, choose_port, serve
 from vllm_trimix.config import Resolved
+from vllm_trimix.intervals import MIN_SAMPLES
 
 _WARM_UP = -1
 _MAX_IDLE_CPU = 0.01
@@ -48,7 +49,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_arguments(parser)
     parser.add_argument("--lengths", help=f"prompt tokens (default: {_LENGTHS})")
     parser.add_argument("--concurrency", default="1", help="requests at a time, e.g. 1,4 (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds per length, at least 5 for a figure")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=MIN_SAMPLES,
+        help="rounds per length; fewer than the default %(default)s have no 95%% interval",
+    )
     parser.add_argument(
         "--decode-tokens", type=int, default=32, help="tokens after the first, for the latency between them"
     )

@@ -25,13 +25,15 @@ def markdown(result: dict[str, Any]) -> str:
     settings, rows = result["settings"], result["rows"]
     cores = "" if result["environment"]["gpu"] else f", each server's worker on core(s) {settings['cpus']}"
     repeats = sorted({row["repeats"] for row in rows})
+    confidence = min(row["confidence"] for row in rows)
     lines = [
         "# Time to first token, TRIMIX against stock vLLM",
         "",
         f"{device_line(result['environment'])}. Model `{settings['model']}`{cores}; "
         f"{'-'.join(map(str, repeats))} interleaved rounds after a warm-up per length, one server awake at a time "
         f"(idle ones used at most {100 * max(row['idle_cpu'] for row in rows):.1f}% of a core), prefix caching off. "
-        "Medians; in brackets 95% bootstrap intervals over rounds.",
+        "Medians over rounds, ratios and savings round by round; in brackets the interval that holds the true median "
+        f"with at least {100 * confidence:.0f}% probability (order statistics).",
         "",
         *(f"- `{name}`: {_describe(entry)}" for name, entry in settings["configurations"].items()),
         "",
@@ -134,7 +136,7 @@ def plot_ttft(result: dict[str, Any], path: Path) -> None:
     times.legend(frameon=False)
     environment = result["environment"]
     device = environment["gpu"] or f"{environment['cpu']}, cores {result['settings']['cpus']}"
-    figure.supxlabel(f"{device}; {environment['date']}; medians, bars: 95% intervals", fontsize=8, color="#666666")
+    figure.supxlabel(f"{device}; {environment['date']}; medians and intervals over rounds", fontsize=8, color="#666666")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.configurations import IDEAL, STOCK
 from vllm_trimix.config import Resolved
-from vllm_trimix.intervals import bootstrap_interval
+from vllm_trimix.intervals import interval_confidence, median_interval
 
 Round = dict[str, Any]
 
@@ -70,8 +70,9 @@ def summarise(rounds: Sequence[Round], resolved: dict[str, Resolved | None]) -> 
             layers.
 
     Returns:
-        Rows with ``captured_saving`` (T_stock - T) / (T_stock - T_ideal) where prompts are long enough to be sparse,
-        and ``pair_bound``: the saving if a triangle layer's attention cost what its visible pairs cost.
+        Rows. Ratios and savings are medians over rounds of what each round gives, so that drift of the machine between
+        rounds cancels. ``captured_saving`` is (T_stock - T) / (T_stock - T_ideal) where prompts are long enough to be
+        sparse, ``pair_bound`` the saving if a triangle layer's attention cost what its visible pairs cost.
     """
     rows = []
     for length, concurrency in dict.fromkeys((r["length"], r["concurrency"]) for r in rounds):
@@ -86,46 +87,46 @@ def summarise(rounds: Sequence[Round], resolved: dict[str, Resolved | None]) -> 
 def _row(
     rounds: list[dict[str, dict[str, Any]]], name: str, resolved: dict[str, Resolved | None], length: int
 ) -> dict[str, Any]:
-    def median(config: str, key: str, of: list[dict[str, dict[str, Any]]]) -> float:
-        return statistics.median(r[config][key] for r in of)
+    def values(config: str, key: str) -> list[float]:
+        return [measured[config][key] for measured in rounds]
 
-    def interval(statistic: Any) -> list[float]:
-        return [round(value, 5) for value in bootstrap_interval(statistic, rounds)]
+    def paired(statistic: Callable[[float, float, float], float]) -> dict[str, Any]:
+        """Median and interval of a figure that each round gives."""
+        found = list(map(statistic, values(STOCK, "ttft_s"), values(name, "ttft_s"), values(floor_name, "ttft_s")))
+        return {"median": round(statistics.median(found), 4), "ci95": [round(v, 4) for v in median_interval(found)]}
 
-    def ratio(key: str, of: list[dict[str, dict[str, Any]]]) -> float:
-        return median(name, key, of) / median(STOCK, key, of)
-
-    def captured(of: list[dict[str, dict[str, Any]]]) -> float:
-        stock = median(STOCK, "ttft_s", of)
-        possible = stock - median(IDEAL, "ttft_s", of)
-        return (stock - median(name, "ttft_s", of)) / possible if possible else 0.0
-
+    settings, floor = resolved[name], resolved.get(IDEAL)
+    floor_name = STOCK if floor is None else IDEAL
+    ratio = paired(lambda stock, mine, _: mine / stock)
+    ttfts = values(name, "ttft_s")
     row = {
         "repeats": len(rounds),
-        "ttft_median_s": median(name, "ttft_s", rounds),
-        "ttft_ci95_s": interval(lambda of: median(name, "ttft_s", of)),
-        "ratio_to_stock": round(ratio("ttft_s", rounds), 4),
-        "ratio_ci95": interval(lambda of: ratio("ttft_s", of)),
+        "confidence": round(interval_confidence(len(rounds)), 4),
+        "ttft_median_s": statistics.median(ttfts),
+        "ttft_ci95_s": list(median_interval(ttfts)),
+        "ratio_to_stock": ratio["median"],
+        "ratio_ci95": ratio["ci95"],
         "captured_saving": None,
         "captured_ci95": None,
         "pair_bound": None,
         "itl_median_s": None,
         "itl_ratio_to_stock": None,
         "itl_ratio_ci95": None,
-        "throughput_tokens_s": median(name, "throughput_tokens_s", rounds),
-        "peak_memory_bytes": max(r[name]["peak_memory_bytes"] for r in rounds),
+        "throughput_tokens_s": statistics.median(values(name, "throughput_tokens_s")),
+        "peak_memory_bytes": max(values(name, "peak_memory_bytes")),
         "gpu_memory_bytes": rounds[-1][name]["gpu_memory_bytes"],
-        "idle_cpu": max(r[name]["idle_cpu"] for r in rounds),
+        "idle_cpu": max(values(name, "idle_cpu")),
     }
     if rounds[0][name]["itl_s"] is not None:
-        row["itl_median_s"] = median(name, "itl_s", rounds)
-        row["itl_ratio_to_stock"] = round(ratio("itl_s", rounds), 4)
-        row["itl_ratio_ci95"] = interval(lambda of: ratio("itl_s", of))
-    settings, floor = resolved[name], resolved.get(IDEAL)
+        itls = values(name, "itl_s")
+        ratios = [mine / stock for mine, stock in zip(itls, values(STOCK, "itl_s"), strict=True)]
+        row["itl_median_s"] = statistics.median(itls)
+        row["itl_ratio_to_stock"] = round(statistics.median(ratios), 4)
+        row["itl_ratio_ci95"] = [round(value, 4) for value in median_interval(ratios)]
     if name == IDEAL or settings is None or not settings.layers or length < settings.min_prompt_len:
         return row
     row["pair_bound"] = round(1 - 2 * settings.triangle.visible_pairs(length) / (length * (length + 1)), 4)
     if floor is not None and floor.layers == settings.layers:
-        row["captured_saving"] = round(captured(rounds), 4)
-        row["captured_ci95"] = interval(captured)
+        saving = paired(lambda stock, mine, ideal: (stock - mine) / (stock - ideal) if stock != ideal else 0.0)
+        row["captured_saving"], row["captured_ci95"] = saving["median"], saving["ci95"]
     return row

@@ -1,39 +1,46 @@
-"""Intervals of measured figures, by bootstrap: no assumption on how timings scatter."""
+"""Intervals of measured medians that hold for few samples and any distribution."""
 
 from __future__ import annotations
 
-import random
-import statistics
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+import functools
+import math
+from collections.abc import Sequence
 
-Sample = TypeVar("Sample")
-
-
-def bootstrap_interval(
-    statistic: Callable[[list[Sample]], float], samples: Sequence[Sample], *, draws: int = 2000
-) -> tuple[float, float]:
-    """95% percentile-bootstrap interval of a statistic; the same for the same samples.
-
-    Args:
-        statistic: Of a resampled list, as long as ``samples``.
-        samples: What was measured; whole rounds where a statistic compares what was measured together.
-        draws: Resamples.
-
-    Raises:
-        ValueError: No samples.
-    """
-    if not samples:
-        raise ValueError("samples: none given; an interval needs at least one")
-    generator = random.Random(0)
-    drawn = sorted(statistic(generator.choices(samples, k=len(samples))) for _ in range(draws))
-    return drawn[int(0.025 * draws)], drawn[int(0.975 * draws)]
+CONFIDENCE = 0.95
+# The fewest samples whose range holds the median with that confidence.
+MIN_SAMPLES = 6
 
 
-def median_interval(values: Sequence[float], *, draws: int = 2000) -> tuple[float, float]:
-    """95% percentile-bootstrap interval of the median.
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95% interval of the median by order statistics: exact for any distribution and any number of values.
+
+    A percentile bootstrap is narrower than it says for so few values: of 7, its 95% interval holds the median in 87 of
+    100 cases. Fewer than ``MIN_SAMPLES`` values can't reach 95%: theirs is the whole range, with the confidence that
+    ``interval_confidence`` names.
 
     Raises:
         ValueError: No values.
     """
-    return bootstrap_interval(statistics.median, values, draws=draws)
+    if not values:
+        raise ValueError("values: none given; an interval needs at least one sample")
+    ordered = sorted(values)
+    drop = _drop(len(ordered))
+    return ordered[drop], ordered[len(ordered) - 1 - drop]
+
+
+def interval_confidence(count: int) -> float:
+    """Probability that ``median_interval`` of this many values holds the true median."""
+    return _coverage(count, _drop(count))
+
+
+@functools.cache
+def _drop(count: int) -> int:
+    """Values to leave out at either end."""
+    drop = 0
+    while 2 * (drop + 1) < count and _coverage(count, drop + 1) >= CONFIDENCE:
+        drop += 1
+    return drop
+
+
+def _coverage(count: int, drop: int) -> float:
+    return max(0.0, 1 - 2 * sum(math.comb(count, index) for index in range(drop + 1)) / 2**count)
