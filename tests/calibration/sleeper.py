@@ -1,0 +1,5 @@
+"""An engine that never gets ready."""
+
+import time
+
+time.sleep(300)

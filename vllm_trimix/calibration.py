@@ -1,0 +1,322 @@
+"""The break-even prompt length: which lengths to measure, what the timings prove, and the overlay that records it.
+
+Nothing here runs an engine: ``measure`` is handed a function that does. A *pair* is one prompt asked under both
+variants, one right after the other; a *row* is all pairs of one length.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_trimix.config import Resolved, TrimixConfig, format_layers, is_preset_file
+from vllm_trimix.intervals import interval_confidence, median_interval
+
+SOURCE = "vllm-trimix calibrate"
+DENSE, TRIANGLE = "dense", "triangle"
+# How a request asks for each variant: its extra_args.
+VARIANTS: dict[str, dict[str, str]] = {DENSE: {"trimix": "off"}, TRIANGLE: {"trimix": "on"}}
+
+SHORTEST = 512
+LONGEST = 32768
+MIN_REPEATS = 3
+# The fewest pairs whose 95% interval survives one disturbed pair.
+DEFAULT_REPEATS = 9
+# "Never slower" leaves no room: the whole interval must lie at or below 1.
+LIMIT = 1.0
+# Repeats of one prompt length on an idle machine stay within a few percent.
+LARGE_SPREAD = 0.1
+# Keys of the user's entry that belong to the server, not to a preset.
+SERVER_KEYS = ("prompt_logprobs", "stats_log_interval")
+
+Ask = Callable[[int, int, str], float]
+"""Seconds to the first token, given prompt length, seed of the prompt and variant. TimeoutError: no time left."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The timings of one prompt length.
+
+    Attributes:
+        length: Prompt tokens.
+        dense: Seconds to the first token, one a pair.
+        triangle: The same for the triangle, in the order of ``dense``.
+        is_control: The pattern hides nothing at this length: both variants ran the same code.
+    """
+
+    length: int
+    dense: tuple[float, ...]
+    triangle: tuple[float, ...]
+    is_control: bool = False
+
+    @property
+    def ratios(self) -> list[float]:
+        """Triangle / dense, pair by pair: what slows both alike cancels."""
+        return [triangle / dense for triangle, dense in zip(self.triangle, self.dense, strict=True)]
+
+    @property
+    def ratio(self) -> float:
+        """Median of the ratios."""
+        return statistics.median(self.ratios)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of the ratio, with ``confidence``."""
+        return median_interval(self.ratios)
+
+    @property
+    def confidence(self) -> float:
+        """Probability that the interval holds the true ratio."""
+        return interval_confidence(len(self.dense))
+
+    @property
+    def is_win(self) -> bool:
+        """Whether the triangle is proven not slower."""
+        return not self.is_control and self.interval[1] <= LIMIT
+
+    @property
+    def verdict(self) -> str:
+        """What the interval says."""
+        if self.is_control:
+            return "same code"
+        if self.is_win:
+            return "faster"
+        return "slower" if self.interval[0] > LIMIT else "undecided"
+
+    @property
+    def spread(self) -> float:
+        """Middle half of the dense timings, relative to their median: how quiet the machine was."""
+        low, _, high = statistics.quantiles(self.dense, n=4, method="inclusive")
+        return (high - low) / statistics.median(self.dense)
+
+    def as_json(self) -> dict[str, Any]:
+        """For the overlay's provenance."""
+        low, high = self.interval
+        return {
+            "length": self.length,
+            "dense_s": [round(value, 6) for value in self.dense],
+            "triangle_s": [round(value, 6) for value in self.triangle],
+            "ratio": round(self.ratio, 4),
+            "interval": [round(low, 4), round(high, 4)],
+            "confidence": round(self.confidence, 4),
+            "verdict": self.verdict,
+        }
+
+
+def break_even(rows: Sequence[Row]) -> int | None:
+    """The smallest measured length from which on every measured length is a win; None if the longest is none."""
+    found = None
+    for row in sorted(rows, key=lambda row: row.length, reverse=True):
+        if not row.is_win:
+            break
+        found = row.length
+    return found
+
+
+def sweep_lengths(longest: int) -> list[int]:
+    """Doubling lengths from ``SHORTEST`` to ``longest``, which is always the last.
+
+    Raises:
+        ValueError: ``longest`` is shorter than the shortest.
+    """
+    if longest < SHORTEST:
+        raise ValueError(f"--max-length: {longest} is below {SHORTEST} tokens, the shortest length that is measured")
+    doublings = int(math.log2(longest / SHORTEST))
+    lengths = [SHORTEST << index for index in range(doublings + 1)]
+    return lengths if lengths[-1] == longest else [*lengths, longest]
+
+
+def next_length(rows: Sequence[Row]) -> int | None:
+    """A length between the last that is no win and the break-even, or None once they are close.
+
+    Close is 512 tokens, or a quarter of the shorter: a finer threshold moves few requests.
+    """
+    found = break_even(rows)
+    below = max((row.length for row in rows if found is not None and row.length < found), default=None)
+    if found is None or below is None or found - below <= max(512, below // 4):
+        return None
+    return (below + found) // 2 // 128 * 128
+
+
+def measure(
+    ask: Ask,
+    *,
+    longest: int,
+    dense_len: int,
+    repeats: int,
+    left: Callable[[], float],
+    on_row: Callable[[Row], None],
+    say: Callable[[str], None],
+) -> list[Row]:
+    """Measures doubling lengths, then refines between the last loss and the first win.
+
+    Lengths that are foreseen not to fit the time left are dropped, longest first, with a line that says so.
+
+    Args:
+        ask: Runs one request.
+        longest: Longest prompt to measure, in tokens.
+        dense_len: Longest prompt on which the pattern hides nothing, in tokens.
+        repeats: Pairs per length.
+        left: Seconds left of the budget.
+        on_row: Told of each row.
+        say: Told what is dropped and what is refined.
+
+    Returns:
+        The rows, by length.
+
+    Raises:
+        ValueError: ``longest`` is too short.
+    """
+    rows: list[Row] = []
+
+    def try_length(length: int) -> bool:
+        if foreseen_seconds(rows, length, repeats) > left():
+            return False
+        try:
+            row = measure_length(ask, length, repeats=repeats, is_control=length <= dense_len, left=left)
+        except TimeoutError:
+            return False
+        rows.append(row)
+        on_row(row)
+        return True
+
+    lengths = sweep_lengths(longest)
+    for index, length in enumerate(lengths):
+        if not try_length(length):
+            dropped = ", ".join(str(length) for length in lengths[index:])
+            say(f"out of --budget: not measured: {dropped} tokens")
+            break
+    while (between := next_length(rows)) is not None:
+        say(f"refining: {between} tokens")
+        if not try_length(between):
+            say("out of --budget: the break-even is not refined further")
+            break
+    return sorted(rows, key=lambda row: row.length)
+
+
+def foreseen_seconds(rows: Sequence[Row], length: int, repeats: int) -> float:
+    """At most how long a length takes, warm-up included: dense attention grows with the square of the length."""
+    if not rows:
+        return 0.0
+    # From the shortest measured length above, or else the longest.
+    row = min(rows, key=lambda row: (row.length < length, abs(row.length - length)))
+    pair = statistics.median(row.dense) + statistics.median(row.triangle)
+    return pair * max(1.0, length / row.length) ** 2 * (repeats + 1)
+
+
+def measure_length(ask: Ask, length: int, *, repeats: int, is_control: bool = False, left: Callable[[], float]) -> Row:
+    """Measures one length: a warm-up, then pairs in the order A B, B A, A B ..., each with a prompt of its own.
+
+    Raises:
+        TimeoutError: The budget ended first.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    names = list(VARIANTS)
+    for pair in range(repeats + 1):
+        warm_up = pair == 0
+        for name in names if pair % 2 else names[::-1]:
+            # One prompt a pair, another one in every pair and length; the warm-up pays for what is made once a length.
+            if left() <= 0:
+                raise TimeoutError
+            taken = ask(length, length * 1000 + pair, name)
+            if not warm_up:
+                seconds[name].append(taken)
+    return Row(length, tuple(seconds[DENSE]), tuple(seconds[TRIANGLE]), is_control)
+
+
+def check_output(output: Path) -> None:
+    """Refuses, before anything is measured, a place where the overlay can't be written.
+
+    Raises:
+        ValueError: No ``.json`` name, or a file that ``calibrate`` did not write.
+        OSError: The folder is missing or can't be written to.
+    """
+    if output.suffix != ".json":
+        raise ValueError(f"--output: {str(output)!r} must end in .json, by which a preset is known to be a file")
+    if output.exists() and not is_overlay(output):
+        raise ValueError(f"--output: {str(output)!r} exists and is not an overlay of {SOURCE}; choose another name")
+    try:
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"--output: cannot write to the folder {str(output.parent)!r}: {error.strerror}") from None
+
+
+def is_overlay(path: Path) -> bool:
+    """Whether a file is an overlay that ``calibrate`` wrote."""
+    try:
+        return bool(json.loads(path.read_text())["provenance"]["source"] == SOURCE)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def check_base(entry: TrimixConfig, output: Path) -> None:
+    """Refuses to write an overlay over the preset that it builds on.
+
+    Raises:
+        ValueError: They are one file.
+    """
+    name = entry.preset
+    if name is not None and is_preset_file(name) and Path(name).resolve() == output.resolve():
+        raise ValueError(
+            f"--output: {str(output)!r} is the preset that is measured, and would build on itself; choose another name"
+        )
+
+
+def make_overlay(
+    entry: TrimixConfig, resolved: Resolved, *, min_prompt_len: int, output: Path, provenance: dict[str, Any]
+) -> dict[str, Any]:
+    """The preset overlay.
+
+    It builds on the preset that named the layers, and holds what the user's own entry set. Where there was no preset
+    (layers from the entry or from the model's config.json), it holds all that ran.
+
+    Args:
+        entry: The user's ``trimix`` entry.
+        resolved: What ran.
+        min_prompt_len: The break-even, in tokens.
+        output: Where the overlay will lie; a base file beside it is named relative to it.
+        provenance: How it was measured.
+    """
+    keys = {key: value for key, value in entry if value is not None and key not in (*SERVER_KEYS, "preset")}
+    if resolved.source.startswith("preset:"):
+        named = entry.preset
+        base = resolved.source.removeprefix("preset:") if named is None else _base_name(named, output)
+        keys = {"base": base, **keys}
+    else:
+        keys = {
+            "layers": format_layers(resolved.layers),
+            "n_init": resolved.n_init,
+            "n_local": resolved.n_local,
+            "last_n": resolved.last_n,
+            **({} if resolved.dense_backend is None else {"dense_backend": resolved.dense_backend}),
+        }
+    return {**keys, "min_prompt_len": min_prompt_len, "provenance": provenance}
+
+
+def _base_name(name: str, output: Path) -> str:
+    """A base file under the overlay's folder moves with it; another one stays where it is."""
+    if not is_preset_file(name):
+        return name
+    path, folder = Path(name).resolve(), output.resolve().parent
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
+
+
+def write_overlay(overlay: dict[str, Any], output: Path) -> None:
+    """Writes the file whole or not at all."""
+    part = output.with_name(f".{output.name}.part")
+    try:
+        # Lists of numbers on one line each.
+        text = re.sub(r"\[[\s\d.,]+\]", lambda match: " ".join(match[0].split()), json.dumps(overlay, indent=1))
+        part.write_text(text + "\n")
+        os.replace(part, output)
+    finally:
+        part.unlink(missing_ok=True)
