@@ -22,7 +22,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.configurations import IDEAL, configurations, resolved_settings
+from benchmarks.benchmark_breakdown import BreakdownError, run_breakdown
+from benchmarks.breakdown.report import table as breakdown_table
+from benchmarks.configurations import IDEAL, Configuration, configurations, resolved_settings
 from benchmarks.environment import environment
 from benchmarks.gate import check
 from benchmarks.models import add_model_arguments, check_lengths, prepare_model, read_config
@@ -34,6 +36,7 @@ from vllm_trimix.intervals import MIN_SAMPLES
 
 _WARM_UP = -1
 _MAX_IDLE_CPU = 0.01
+_BREAKDOWN_LENGTHS = (8192, 16384)
 _QUICK_LENGTHS = "2048,4096,8192"
 _LENGTHS = "512,1024,2048,4096,8192,16384,32768"
 
@@ -142,8 +145,28 @@ def run(args: argparse.Namespace) -> int:
                 rows = summarise(rounds.done, resolved)
                 result = {"environment": where, "settings": settings, "gate": seen, "rows": rows, "rounds": rounds.done}
                 write(result, args.output)
+        if not args.no_breakdown:
+            breakdown(args, compared, model, longest=max(lengths), arguments=arguments)
     print((args.output / "report.md").read_text())
     return 0
+
+
+def breakdown(
+    args: argparse.Namespace, compared: list[Configuration], model: Path, *, longest: int, arguments: list[str]
+) -> None:
+    """Adds to the report where the time goes, from profiles of one process; a failure there costs no figure."""
+    lengths = sorted({min(longest, length) for length in _BREAKDOWN_LENGTHS[: 1 if args.quick else None]})
+    shown = {configuration.name: configuration.trimix for configuration in compared if configuration.name != IDEAL}
+    repeats = 1 if args.quick else 3
+    try:
+        rows = run_breakdown(
+            model, lengths, shown, args.output, repeats=repeats, engine_args=tuple(arguments), cpus=args.cpus
+        )
+    except (BreakdownError, ValueError) as error:
+        print(f"benchmark_ttft: no breakdown: {error}", file=sys.stderr)
+        return
+    with open(args.output / "report.md", "a") as file:
+        file.write(f"\n## Where the time goes\n\n![time by category](breakdown.png)\n\n{breakdown_table(rows)}")
 
 
 def measure(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def configurations(trimix: str, more: Sequence[str], *, ideal: bool) -> list[Con
     found = [Configuration(STOCK, None), Configuration(TRIMIX, entry)]
     for text in more:
         name, equals, value = text.partition("=")
-        if not equals or not name.isidentifier():
+        if not equals or not re.fullmatch(r"[\w.-]+", name):
             raise ValueError(f"--config: {text!r} is not NAME=JSON, e.g. wide='{{\"n_local\": 1024}}'")
         if name == IDEAL or name in (configuration.name for configuration in found):
             raise ValueError(f"--config: the name {name!r} is taken; choose another")

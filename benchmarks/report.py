@@ -39,6 +39,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         *(f"- correctness gate, `{name}`: {seen}" for name, seen in result["gate"].items()),
     ]
+    lines += ["", "![time to first token against prompt length](ttft.png)"]
     for concurrency in dict.fromkeys(row["concurrency"] for row in rows):
         mine = [row for row in rows if row["concurrency"] == concurrency]
         lines += ["", f"## {concurrency} request{'s' if concurrency > 1 else ''} at a time", "", *_table(mine)]
