@@ -89,4 +89,4 @@ def _entry(flag: str, text: str) -> dict[str, Any] | None:
         raise ValueError(f"{flag}: {text!r} is not JSON ({error})") from None
     if entry is not None:
         parse_config(entry)
-    return entry  # type: ignore[no-any-return]
+    return entry

@@ -17,7 +17,8 @@ from vllm_trimix.presets import preset_names
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md")]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in PATHS}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -50,8 +51,14 @@ def test_commands_exist() -> None:
                 assert words[1] in COMMANDS, line
             elif words:
                 assert words[0] in ("vllm", "pip"), line
-    for module in re.findall(r"python -m (benchmarks\.\w+)", README):
-        assert (ROOT / (module.replace(".", "/") + ".py")).exists()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_benchmark_commands_are_real(page: str) -> None:
+    for module, arguments in re.findall(r"python -m benchmarks\.(\w+)([^`\n|]*)", PAGES[page]):
+        source = (ROOT / "benchmarks" / f"{module}.py").read_text() + (ROOT / "benchmarks/models.py").read_text()
+        for flag in re.findall(r"--[a-z-]+", arguments):
+            assert f'"{flag}"' in source, f"{module} has no {flag}"
 
 
 def test_configuration_table_is_complete() -> None:
