@@ -78,13 +78,14 @@ def interpreter_pool() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"), initializer=_use_interpreter)
 
 
-def run_case(case: Case) -> None:
-    """Runs the kernel on a case and asserts the result; call it in the pool."""
+def run_case(case: Case, device: str = "cpu") -> None:
+    """Runs the kernel on a case and asserts the result; on ``cpu`` call it in the pool."""
     from vllm_trimix.kernels.triton_triangle import triangle_prefill
 
     problem = _build(case)
-    out = problem.arguments["out"]
-    triangle_prefill(**problem.arguments)
+    arguments = problem.arguments if device == "cpu" else _on_device(problem.arguments, device)
+    triangle_prefill(**arguments)
+    out = arguments["out"].cpu()
     covered = torch.zeros(out.shape[0], dtype=torch.bool)
     for index, (position, rows) in enumerate(case.spans):
         span = slice(problem.first_rows[index], problem.first_rows[index] + rows)
@@ -270,6 +271,22 @@ def _build(case: Case) -> _Problem:
         "soft_cap": case.soft_cap,
     }
     return _Problem(arguments, all_keys, all_values, first_rows)
+
+
+def _on_device(arguments: dict, device: str) -> dict:
+    """The same tensors on a device, strides, offsets and shared memory included; bytes outside them are all ones."""
+    storages: dict[int, torch.Tensor] = {}
+    moved = dict(arguments)
+    for name, tensor in arguments.items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in storages:
+            memory = torch.empty(storage.nbytes(), dtype=torch.uint8, device=device)
+            storages[storage.data_ptr()] = memory if storage.nbytes() > 2**30 else memory.fill_(0xFF)
+        memory = storages[storage.data_ptr()].view(tensor.dtype)
+        moved[name] = memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(tensor)
+    return moved
 
 
 def _attention(case: Case, problem: _Problem, index: int, dtype: torch.dtype) -> torch.Tensor:

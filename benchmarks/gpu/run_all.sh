@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Runs every stage that needs an NVIDIA GPU, at most eight minutes each, and goes on where an earlier call stopped.
+#
+#   benchmarks/gpu/run_all.sh                   all stages; results and summary.md in build/gpu-results
+#   benchmarks/gpu/run_all.sh --toy             a rehearsal at toy size; needs no GPU
+#   benchmarks/gpu/run_all.sh --list            the stages;  --only NAME,... runs some of them;  --help says the rest
+#   benchmarks/gpu/run_all.sh --archive DIR     with a packed vLLM: a folder whose unpack.sh, called with the folder and
+#                                               a target, fills the target with packages and, in bin, vllm; default .vp
+#
+# PYTHON names the interpreter; the default is the checkout's .venv, else python3. Nothing is installed or downloaded:
+# what vLLM must find of this checkout is written to a folder of its own under ${TMPDIR:-/tmp} and named in PYTHONPATH.
+set -euo pipefail
+
+die() { printf 'run_all.sh: error: %s\n' "$*" >&2; exit 2; }
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+archive=
+arguments=()
+while [ $# -gt 0 ]; do
+    case $1 in
+    --archive) [ $# -gt 1 ] || die "--archive needs a folder"; archive=$2; shift ;;
+    --archive=*) archive=${1#*=} ;;
+    # The stages run in the checkout; the folder is meant from here.
+    --output) [ $# -gt 1 ] || die "--output needs a folder"; arguments+=(--output "$(realpath -m -- "$2")"); shift ;;
+    --output=*) arguments+=(--output "$(realpath -m -- "${1#*=}")") ;;
+    *) arguments+=("$1") ;;
+    esac
+    shift
+done
+
+if [ -n "$archive" ]; then
+    [ -d "$archive" ] || die "--archive: no folder '$archive'"
+elif [ -d "$root/.vp" ]; then
+    archive=$root/.vp
+fi
+if [ -z "${PYTHON:-}" ]; then
+    if [ -z "$archive" ] && [ -x "$root/.venv/bin/python" ]; then PYTHON=$root/.venv/bin/python; else PYTHON=python3; fi
+fi
+python=$(command -v "$PYTHON") || die "no interpreter '$PYTHON'; name one: PYTHON=/path/to/python3"
+
+# One folder for each user, checkout and archive; a second call finds everything in place.
+key=$(printf '%s\n' "$root" "$python" "$archive" "$(cat "${archive:-/nowhere}/MANIFEST" 2>/dev/null || true)" | cksum)
+scratch=${TMPDIR:-/tmp}/trimix-gpu-$(id -u)-${key%% *}
+mkdir -p -m 700 "$scratch" || die "can't write to ${TMPDIR:-/tmp}; set TMPDIR"
+[ -O "$scratch" ] || die "'$scratch' belongs to somebody else; set TMPDIR"
+
+path=$root
+if [ -n "$archive" ]; then
+    unpack=$archive/unpack.sh
+    [ -f "$unpack" ] || unpack=$archive/../unpack.sh
+    [ -f "$unpack" ] || die "--archive: '$archive' has no unpack.sh, inside or beside it"
+    PYTHON=$python bash "$unpack" "$archive" "$scratch/site" || die "the archive in '$archive' can't be unpacked, see above"
+    [ -e "$scratch/site/.complete" ] || die "the archive in '$archive' is not complete: parts are missing"
+    export PATH="$scratch/site/bin:$PATH"
+    path+=:$scratch/site
+    # Benchmarks start the vllm command that lies beside the interpreter.
+    if [ "$("$python" -c 'import sys; print(sys.prefix == sys.base_prefix)')" = True ]; then
+        ln -sf "$python" "$scratch/site/bin/python"
+        python=$scratch/site/bin/python
+    fi
+fi
+
+# The entry point by which vLLM finds the plugin, as an installed package would have it.
+version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$root/vllm_trimix/__init__.py")
+info=$scratch/entry/vllm_trimix-$version.dist-info
+mkdir -p "$info"
+printf 'Metadata-Version: 2.1\nName: vllm-trimix\nVersion: %s\n' "$version" >"$info/METADATA"
+printf '[vllm.general_plugins]\ntrimix = vllm_trimix.plugin:register\n' >"$info/entry_points.txt"
+export PYTHONPATH="$path:$scratch/entry${PYTHONPATH:+:$PYTHONPATH}"
+export VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1
+
+cd "$root"
+exec "$python" -m benchmarks.gpu.stages ${arguments[@]+"${arguments[@]}"}

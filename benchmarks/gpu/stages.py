@@ -1,0 +1,217 @@
+"""The stages of the GPU run, the most valuable first, and its command line: see ``run_all.sh``.
+
+Seconds are estimates for an H200 until a run has replaced them.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+from benchmarks.environment import environment
+from benchmarks.gpu.runner import ROOT, Stage, main
+
+# Stages of a group measure into one folder: its servers' settings must be the same, rounds measured once count for
+# all, and the correctness gate runs once.
+_SERVED: dict[str, Any] = {
+    "shape": "llama-3.1-8b",
+    "trimix": {"starting_layer": 16},
+    "ideal": True,
+    "concurrency": [1],
+    "decode_tokens": 32,
+    "repeats": 5,
+    "serve_arguments": [],
+    # Tokens that a server's KV cache holds; the first that fits on the device.
+    "kv_tokens": [131072],
+}
+_FP8 = {"ideal": False, "serve_arguments": ["--kv-cache-dtype=fp8"], "kv_tokens": [524288, 262144]}
+# Eager and without the floor: starting servers is all that costs time at this size.
+_TOY: dict[str, Any] = {
+    "shape": "bench-8l",
+    "trimix": {"starting_layer": 4, "min_prompt_len": 0},
+    "ideal": False,
+    "decode_tokens": 4,
+    "repeats": 1,
+    "serve_arguments": ["--enforce-eager"],
+    "kv_tokens": [4096],
+}
+_TOY_FP8 = {**_TOY, "serve_arguments": ["--enforce-eager", "--kv-cache-dtype=fp8"]}
+
+
+def _engine(name: str, *, graphs: bool, scenarios: list[str], toy: str, seconds: float) -> Stage:
+    runner = name.split("_")[1]
+    how = "with CUDA graphs" if graphs else "eager"
+    return Stage(
+        name,
+        "benchmarks.gpu.engine:logprobs",
+        seconds,
+        f"model runner {runner.upper()}, {how}: log-probabilities and row counters against the masked model",
+        {"runner": runner, "graphs": graphs, "scenarios": scenarios},
+        {"scenarios": [toy], "graphs": False},
+    )
+
+
+def _ttft(name: str, lengths: list[int], seconds: float, *, fp8: bool = False, **settings: Any) -> Stage:
+    words = " and ".join(f"{length // 1024}K" for length in lengths)
+    return Stage(
+        name,
+        "benchmarks.gpu.speed:ttft",
+        seconds,
+        f"time to first token at {words} tokens{', fp8 KV' if fp8 else ''}: stock and TRIMIX, Llama-3.1-8B's shape",
+        {**_SERVED, **(_FP8 if fp8 else {}), "lengths": lengths, **settings},
+        # Both lengths and loads of the group at once: the group's other stages find them measured.
+        {**(_TOY_FP8 if fp8 else _TOY), "lengths": [512, 768], "concurrency": [1] if fp8 else [1, 2]},
+        "ttft_fp8" if fp8 else "ttft",
+    )
+
+
+STAGES = [
+    Stage("smoke", "benchmarks.gpu.smoke:smoke", 75, "versions, device, doctor; stock and TRIMIX engines answer"),
+    Stage(
+        "kernel_reference",
+        "benchmarks.gpu.kernel_reference:kernel_reference",
+        75,
+        "the Triton kernel against its definition: dtypes, head sizes, GQA, pages, layouts",
+        {"cases": None},
+        {
+            "cases": [
+                "bfloat16-len63",
+                "d128-float16",
+                "gqa7",
+                "page64-BSH",
+                "cache-float8_e4m3fn-q-bfloat16",
+                "cache-float8_e5m2-q-float16",
+            ]
+        },
+    ),
+    _engine(
+        "engine_v2_graphs",
+        graphs=True,
+        scenarios=["float16-async", "bfloat16-sync", "one_token_chunks"],
+        toy="float16-async",
+        seconds=120,
+    ),
+    Stage(
+        "circuit",
+        "benchmarks.gpu.circuit:circuit",
+        75,
+        "retrieval by a circuit model, one and two hops, to 128K in chunks: right and wrong where they must be",
+        {"lengths": [4096, 20011, 33000, 65536, 131000], "seeds": 2, "chunk": 7777, "graphs": True},
+        {"lengths": [2048, 4096], "seeds": 1, "chunk": 1000, "graphs": False},
+    ),
+    Stage(
+        "kernels",
+        "benchmarks.gpu.speed:kernels",
+        150,
+        "the triangle kernel beside the dense ones, 8K to 128K",
+        {"lengths": [8192, 32768, 65536, 131072], "repeats": 20, "arguments": []},
+        {"lengths": [512], "repeats": 2, "arguments": ["--quick"]},
+    ),
+    _ttft("ttft_128k", [131072], 330),
+    _ttft("ttft_32k_64k", [32768, 65536], 150),
+    Stage(
+        "fp8_kv",
+        "benchmarks.gpu.engine:fp8_kv",
+        90,
+        "fp8 KV cache: the triangle adds no error to stock fp8's own",
+        {"kv_cache_dtypes": ["fp8"], "graphs": False},
+    ),
+    _engine(
+        "engine_v1_graphs",
+        graphs=True,
+        scenarios=["float16-async", "bfloat16-sync", "one_token_chunks"],
+        toy="float16-sync",
+        seconds=120,
+    ),
+    _engine(
+        "engine_v2_eager",
+        graphs=False,
+        scenarios=["float16-sync", "bfloat16-async", "float16-async-TRITON_ATTN"],
+        toy="one_token_chunks",
+        seconds=75,
+    ),
+    _engine(
+        "engine_v1_eager",
+        graphs=False,
+        scenarios=["float16-sync", "bfloat16-async"],
+        toy="bfloat16-async",
+        seconds=50,
+    ),
+    Stage(
+        "sync_debug",
+        "benchmarks.gpu.sync_debug:sync_debug",
+        30,
+        "planning and layers never wait for the device",
+    ),
+    Stage(
+        "decode",
+        "benchmarks.gpu.speed:decode",
+        150,
+        "latency between tokens at batch 1 and 16: as fast as stock",
+        # With the spread of interleaved medians of 32 tokens, one percent can't be told from none.
+        {**_SERVED, "lengths": [7936], "concurrency": [1, 16], "most": 1.02},
+        {**_TOY, "lengths": [512], "concurrency": [1, 2]},
+        "ttft",
+    ),
+    Stage(
+        "breakdown",
+        "benchmarks.gpu.speed:breakdown",
+        150,
+        "where a prompt's time goes, layer by layer",
+        {"shape": "llama-3.1-8b", "trimix": {"starting_layer": 16}, "lengths": [32768], "repeats": 3, "arguments": []},
+        {"shape": "bench-8l", "trimix": {"starting_layer": 4, "min_prompt_len": 0}, "lengths": [768], "repeats": 1},
+    ),
+    _ttft("ttft_256k_fp8", [262144], 300, fp8=True, repeats=2),
+    # A warm-up and one round take most of eight minutes; rounds are kept, so another call adds to them.
+    _ttft("ttft_512k_fp8", [524288], 470, fp8=True, repeats=1),
+]
+
+_PROBE = """
+import importlib.metadata, json, sys
+try:
+    import pydantic, torch, vllm
+    import vllm_trimix
+except ImportError as error:
+    print(json.dumps({"error": f"{sys.executable} can't import {error.name}: {error}; install vLLM for it, name "
+                      "another (PYTHON=...), or give a packed one (--archive)"}))
+    sys.exit()
+points = importlib.metadata.entry_points(group="vllm.general_plugins", name="trimix")
+if not points:
+    print(json.dumps({"error": "vLLM would not find TRIMIX: no entry point vllm.general_plugins:trimix on this path; "
+                      "start the stages by run_all.sh, or install the checkout"}))
+    sys.exit()
+found = {"device": "cpu", "package": vllm_trimix.__path__[0], "torch": torch.__version__}
+if torch.cuda.is_available():
+    properties = torch.cuda.get_device_properties(0)
+    found |= {"device": "cuda", "device_name": properties.name, "device_memory_bytes": properties.total_memory}
+    found |= {"compute_capability": f"{properties.major}.{properties.minor}", "cuda": torch.version.cuda}
+print(json.dumps(found))
+"""
+
+
+def probe(toy: bool) -> dict[str, Any]:
+    """What this machine is, found out in a process of its own, so that none here holds the device.
+
+    Raises:
+        ValueError: Nothing can run, and why.
+    """
+    child = subprocess.run([sys.executable, "-c", _PROBE], cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        found = json.loads(child.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        last = (child.stderr.strip().splitlines() or ["no output"])[-1]
+        raise ValueError(f"{sys.executable} can't be probed: {last}") from None
+    if "error" in found:
+        raise ValueError(found["error"])
+    if found["device"] != "cuda" and not toy:
+        raise ValueError(
+            f"no CUDA device: torch {found['torch']} sees none; run it on a machine with an NVIDIA GPU, or rehearse "
+            "every stage at toy size with --toy"
+        )
+    return {**environment(), **found}
+
+
+if __name__ == "__main__":
+    sys.exit(main(STAGES, probe))

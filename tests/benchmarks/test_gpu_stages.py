@@ -1,0 +1,602 @@
+"""The GPU run's stages: how they are run and resumed, what they refuse, and all of them at toy size."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import venv
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from benchmarks.gpu import runner, speed
+from benchmarks.gpu.report import Report, load, save
+from benchmarks.gpu.runner import STAGE_LIMIT, source_digest
+from benchmarks.gpu.stages import STAGES
+from vllm_trimix.demo.bench_model import SHAPES
+
+ROOT = Path(__file__).parents[2]
+RUN_ALL = ROOT / "benchmarks" / "gpu" / "run_all.sh"
+
+TRIVIAL = """
+import json, os, subprocess, sys, time
+from pathlib import Path
+from benchmarks.gpu.runner import Stage, main
+
+def good(report):
+    with open(report.folder.parent / "ran", "a") as file:
+        file.write("good\\n")
+    report.figure(speed=3)
+    report.check("two and two", 2 + 2 == 4, "four")
+
+def bad(report):
+    with open(report.folder.parent / "ran", "a") as file:
+        file.write("bad\\n")
+    (report.folder / "rounds").write_text("kept")
+    report.check("first", True)
+    report.check("pipes | and\\nlines", False, "seven " * 100)
+
+def raises(report):
+    report.check("before", True)
+    raise RuntimeError("no device")
+
+def empty(report):
+    pass
+
+def skips(report):
+    report.skip("too small a device")
+
+def hangs(report):
+    report.check("before", True, "kept")
+    here = Path(__file__).parent
+    with open(report.folder / "pids", "w") as file:
+        for server in ("tidy.py", "deaf.py"):
+            subprocess.run([sys.executable, str(here / "middle.py"), str(here / server)], stdout=file, check=True)
+    time.sleep(600)
+
+NAMES = os.environ["TRIVIAL"].split(",")
+STAGES = [Stage(n, f"trivial:{n}", 5, f"about {n}", {"n": 1}, {"n": 2}) for n in NAMES]
+
+def probe(toy):
+    return {"device": os.environ.get("TRIVIAL_DEVICE", "cuda"), "date": "today", "commit": "c", "versions": {"v": "1"}}
+
+if __name__ == "__main__":
+    sys.exit(main(STAGES, probe))
+"""
+
+
+# Servers lead sessions of their own, and may be stopped or have lost their parent.
+MIDDLE = """
+import subprocess, sys
+subprocess.Popen([sys.executable, sys.argv[1]], start_new_session=True)
+"""
+TIDY = """
+import os, pathlib, signal, sys
+def tidy(*_):
+    pathlib.Path(__file__).with_name("tidied").touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, tidy)
+print(os.getpid(), flush=True)
+os.kill(os.getpid(), signal.SIGSTOP)
+signal.pause()
+"""
+DEAF = """
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print(os.getpid(), flush=True)
+time.sleep(600)
+"""
+
+
+class Trivial:
+    """A command line around stages that do next to nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        for name, text in (("trivial", TRIVIAL), ("middle", MIDDLE), ("tidy", TIDY), ("deaf", DEAF)):
+            (folder / f"{name}.py").write_text(text)
+        self.folder, self.output = folder, folder / "out"
+
+    def start(self, stages: str, *arguments: str, device: str = "cuda") -> subprocess.Popen[str]:
+        path = os.pathsep.join([str(self.folder), str(ROOT)])
+        return subprocess.Popen(
+            [sys.executable, str(self.folder / "trivial.py"), f"--output={self.output}", *arguments],
+            env={**os.environ, "PYTHONPATH": path, "TRIVIAL": stages, "TRIVIAL_DEVICE": device},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, stages: str, *arguments: str, device: str = "cuda") -> tuple[int, str]:
+        process = self.start(stages, *arguments, device=device)
+        out, _ = process.communicate(timeout=120)
+        return process.returncode, out
+
+    def result(self, stage: str) -> dict[str, Any]:
+        return json.loads((self.output / f"{stage}.json").read_text())
+
+    def ran(self) -> Counter[str]:
+        return Counter((self.output / "ran").read_text().split())
+
+    def servers(self) -> list[int]:
+        """Process ids of the servers of ``hangs``, once they are there."""
+        file = self.output / "hangs" / "pids"
+        deadline = time.monotonic() + 60
+        while not (file.exists() and file.read_text().count("\n") == 2):
+            assert time.monotonic() < deadline, "the stage did not start its servers"
+            time.sleep(0.05)
+        return [int(line) for line in file.read_text().split()]
+
+    @property
+    def tidied(self) -> bool:
+        """Whether the server that could was let tidy up."""
+        return (self.folder / "tidied").exists()
+
+
+@pytest.fixture
+def trivial(tmp_path: Path) -> Trivial:
+    return Trivial(tmp_path)
+
+
+def test_a_failing_stage_stops_nothing(trivial: Trivial) -> None:
+    status, out = trivial.run("bad,raises,empty,skips,good")
+    assert status == 1, out
+    good = trivial.result("good")
+    assert (good["status"], good["speed"], good["seen"]) == ("passed", 3, "1 checks passed")
+    assert good["checks"] == [{"name": "two and two", "passed": True, "detail": "four"}]
+    assert good["settings"] == {"toy": False, "device": "cuda", "group": None, "n": 1}
+    assert good["environment"]["versions"] == {"v": "1"}
+    assert trivial.result("bad")["status"] == "failed"
+    raised = trivial.result("raises")
+    assert raised["status"] == "failed"
+    assert raised["checks"][-1]["detail"] == "RuntimeError: no device"
+    assert "RuntimeError: no device" in (trivial.output / "raises.log").read_text()
+    assert trivial.result("empty")["seen"] == "it checked nothing"
+    assert trivial.result("skips")["status"] == "skipped"
+    summary = (trivial.output / "summary.md").read_text().splitlines()
+    rows = {line.split("|")[1].strip(): line for line in summary if line.startswith("|")}
+    assert "| passed |" in rows["good"]
+    assert "| failed |" in rows["bad"]
+    assert "pipes \\| and lines: seven" in rows["bad"]
+    assert rows["bad"].endswith("... |")
+    assert "too small a device" in rows["skips"]
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"], ids=["in-turn", "side-by-side"])
+def test_only_what_passed_is_not_run_again(trivial: Trivial, device: str) -> None:
+    for _ in range(2):
+        assert trivial.run("good,bad", device=device)[0] == 1
+    assert trivial.ran() == {"good": 1, "bad": 2}
+    assert (trivial.output / "bad" / "rounds").exists()
+    # Other settings: again, and nothing of the others is continued.
+    (trivial.output / "good").mkdir(exist_ok=True)
+    (trivial.output / "good" / "stale").touch()
+    assert trivial.run("good", "--toy", device=device)[0] == 0
+    assert trivial.ran()["good"] == 2
+    assert trivial.result("good")["settings"]["n"] == 2
+    assert not (trivial.output / "good" / "stale").exists()
+    # Another machine's, or another code's, result doesn't count.
+    for field, value in (("environment", {"device": device}), ("source", "other")):
+        save(trivial.output / "good.json", {**trivial.result("good"), field: value})
+        assert trivial.run("good", "--toy", device=device)[0] == 0
+    assert trivial.ran()["good"] == 4
+
+
+def test_half_a_result_is_none(trivial: Trivial) -> None:
+    trivial.run("good")
+    (trivial.output / "good.json").write_text('{"stage": "good", "stat')
+    assert trivial.run("good")[0] == 0
+    assert trivial.ran() == {"good": 2}
+
+
+def test_a_stage_over_its_time_is_ended_with_its_servers(trivial: Trivial) -> None:
+    status, out = trivial.run("hangs,good", "--stage-limit=6")
+    assert status == 1, out
+    result = trivial.result("hangs")
+    assert (result["status"], result["checks"][0]["detail"]) == ("timeout", "kept")
+    assert "ended after 6 s; 1 checks had passed" in result["seen"]
+    assert not any(psutil.pid_exists(server) for server in trivial.servers())
+    assert trivial.tidied
+    assert trivial.result("good")["status"] == "passed"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])
+def test_an_interrupted_run_leaves_no_process(trivial: Trivial, number: signal.Signals, status: int) -> None:
+    process = trivial.start("hangs,good")
+    servers = trivial.servers()
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert all(psutil.pid_exists(server) for server in servers)
+    assert len(below) >= 2, "supervisor and stage"
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == status, out
+    assert not any(psutil.pid_exists(server) for server in servers)
+    assert trivial.tidied
+    assert not any(child.is_running() for child in below)
+    assert trivial.result("hangs")["seen"] == "interrupted"
+    assert "| hangs | failed |" in (trivial.output / "summary.md").read_text()
+    assert not (trivial.output / "good.json").exists()
+
+
+def test_a_budget_leaves_what_does_not_fit(trivial: Trivial) -> None:
+    status, out = trivial.run("good,bad", "--budget=4")
+    assert status == 0, out
+    assert "left: good, bad" in out
+    assert "| good | left |" in (trivial.output / "summary.md").read_text()
+    # A stage never runs past the budget.
+    status, _ = trivial.run("hangs", "--budget=7")
+    assert trivial.result("hangs")["status"] == "timeout"
+    assert trivial.result("hangs")["seconds"] < 20
+
+
+def test_stages_are_chosen_in_their_order(trivial: Trivial) -> None:
+    status, out = trivial.run("good,bad,empty", "--only=empty,good", "--list")
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["good", "empty"]
+    assert (
+        trivial.run("good,bad", "--only=godo")[1]
+        == "run_all.sh: error: --only: unknown stage 'godo'; did you mean 'good'?\n"
+    )
+    assert "names no stage; stages: good, bad" in trivial.run("good,bad", "--only=,")[1]
+    assert "unknown stage '12345'; stages: good" in trivial.run("good", "--only=12345")[1]
+    assert not trivial.output.exists()
+
+
+def test_any_changed_source_counts(tmp_path: Path) -> None:
+    file = tmp_path / "vllm_trimix" / "kernels" / "one.py"
+    file.parent.mkdir(parents=True)
+    digests = [source_digest(tmp_path)]
+    for path, text in ((file, "a"), (file, "b"), (file.with_name("two.py"), "b")):
+        path.write_text(text)
+        digests.append(source_digest(tmp_path))
+    assert len(set(digests)) == 4
+
+
+def test_the_registry() -> None:
+    assert len({stage.name for stage in STAGES}) == len(STAGES)
+    for stage in STAGES:
+        assert stage.seconds <= STAGE_LIMIT
+        module, _, name = stage.function.partition(":")
+        assert callable(getattr(importlib.import_module(module), name)), stage.name
+        assert stage.toy.keys() <= stage.settings.keys(), f"{stage.name}: a rehearsal sets what the stage doesn't know"
+    # An interrupted budget must have bought the most valuable first.
+    assert [stage.name for stage in STAGES[:2]] == ["smoke", "kernel_reference"]
+
+
+def run_all(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(RUN_ALL), *arguments],
+        env={**os.environ, "PYTHON": sys.executable, **env},
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        check=False,
+    )
+
+
+def test_what_run_all_refuses(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    venv.create(tmp_path / "bare", with_pip=False)
+    bare = str(tmp_path / "bare" / "bin" / "python")
+    for arguments, env, message in (
+        (["--archive", str(tmp_path / "gone")], {}, f"--archive: no folder '{tmp_path}/gone'"),
+        (["--archive", str(tmp_path / "empty")], {}, f"'{tmp_path}/empty' has no unpack.sh, inside or beside it"),
+        ([], {"PYTHON": "python0.1"}, "no interpreter 'python0.1'; name one: PYTHON=/path/to/python3"),
+        (["--toy"], {"PYTHON": bare}, f"{bare} can't import pydantic"),
+    ):
+        found = run_all(*arguments, TMPDIR=str(tmp_path), **env)
+        assert found.returncode == 2, found.stderr
+        assert found.stderr.startswith("run_all.sh: error: ")
+        assert message in found.stderr
+        assert found.stderr.count("\n") == 1
+
+
+def test_without_a_gpu_only_a_rehearsal_runs(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="vLLM brings torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    found = run_all("--output", str(tmp_path / "out"))
+    assert found.returncode == 2
+    assert "no CUDA device" in found.stderr
+    assert "--toy" in found.stderr
+    assert found.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["inside", "beside"])
+def test_an_archive_is_unpacked_and_comes_before_what_is_installed(tmp_path: Path, beside: bool) -> None:
+    pytest.importorskip("vllm", reason="the interpreter must have what the archive lacks")
+    archive = tmp_path / "packed" / "vp"
+    archive.mkdir(parents=True)
+    # Python runs sitecustomize from its path at start: a trace in every process.
+    (archive / "part00").write_text(f"open({str(tmp_path / 'trace')!r}, 'a').write('x')\n")
+    script = 'mkdir -p "$2/bin"; cp "$1/part00" "$2/sitecustomize.py"; touch "$2/.complete"; echo unpacked\n'
+    (archive.parent if beside else archive).joinpath("unpack.sh").write_text(script)
+    found = run_all("--archive", str(archive), "--toy", "--dry-run", "--only=smoke", TMPDIR=str(tmp_path))
+    assert found.returncode == 0, found.stderr
+    assert "unpacked" in found.stdout
+    assert "would run smoke" in found.stdout
+    assert (tmp_path / "trace").exists()
+    (archive.parent if beside else archive).joinpath("unpack.sh").write_text("exit 0\n")
+    (next(tmp_path.glob("trimix-gpu-*")) / "site" / ".complete").unlink()
+    found = run_all("--archive", str(archive), "--toy", "--dry-run", TMPDIR=str(tmp_path))
+    assert found.returncode == 2
+    assert "is not complete: parts are missing" in found.stderr
+
+
+def make_report(tmp_path: Path, name: str, *, device: str = "cuda", memory: float = 150e9, **settings: Any) -> Report:
+    """A report as the runner would hand it to a stage."""
+    stage = next(stage for stage in STAGES if stage.name == name)
+    path = tmp_path / f"{name}.json"
+    settings = {"toy": False, "device": device, "group": stage.group, **stage.settings, **settings}
+    environment = {"device": device, "device_memory_bytes": memory}
+    save(
+        path,
+        {
+            "stage": name,
+            "status": "running",
+            "settings": settings,
+            "environment": environment,
+            "checks": [],
+            "source": "",
+        },
+    )
+    return Report(path)
+
+
+def failed(tmp_path: Path, name: str) -> list[str]:
+    result = load(tmp_path / f"{name}.json")
+    assert result is not None
+    return [check["name"] for check in result["checks"] if not check["passed"]]
+
+
+def test_a_figure_never_overwrites_the_verdict(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="figure: seconds, status is a field of every result"):
+        make_report(tmp_path, "smoke").figure(seconds=1, status="passed")
+
+
+def test_server_memory() -> None:
+    kv, together = speed.server_bytes(SHAPES["llama-3.1-8b"], kv_tokens=131072, kv_element=2)
+    assert kv == 16 * speed.GIB
+    # 8.03 billion parameters.
+    assert together - kv - 4 * speed.GIB == pytest.approx(16.06e9, rel=1e-3)
+
+
+@pytest.fixture
+def benchmarked(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[list[str]]]:
+    """Records the calls of benchmark_ttft in place of running it; TRIMIX takes ``ratio`` of stock's time."""
+
+    def record(ratio: float) -> list[list[str]]:
+        calls = []
+
+        def benchmark(module: str, folder: Path, arguments: list[str], result: str) -> dict[str, Any]:
+            calls.append(arguments)
+            read = dict(argument[2:].split("=", 1) for argument in arguments if "=" in argument)
+            rows = [
+                {
+                    "config": config,
+                    "length": int(length),
+                    "concurrency": int(concurrency),
+                    "ttft_median_s": 1.0,
+                    "itl_median_s": 0.01,
+                    "ratio_to_stock": ratio,
+                    "itl_ratio_to_stock": ratio,
+                }
+                for config in ("stock", "trimix")
+                for length in read["lengths"].split(",")
+                for concurrency in read["concurrency"].split(",")
+            ]
+            return {"rows": rows, "gate": {"trimix": "right"}}
+
+        monkeypatch.setattr(speed, "_benchmark", benchmark)
+        return calls
+
+    return record
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "ideal", "kv_tokens"),
+    [
+        ("ttft_128k", 150e9, True, 131072),
+        ("ttft_128k", 84e9, False, 131072),
+        ("decode", 84e9, False, 131072),
+        ("ttft_512k_fp8", 150e9, False, 524288),
+        ("ttft_256k_fp8", 150e9, False, 524288),
+        ("ttft_256k_fp8", 84e9, False, 262144),
+    ],
+)
+def test_servers_fit_the_device(
+    tmp_path: Path, benchmarked: Any, name: str, memory: float, ideal: bool, kv_tokens: int
+) -> None:
+    calls = benchmarked(0.7)
+    report = make_report(tmp_path, name, memory=memory)
+    speed.decode(report) if name == "decode" else speed.ttft(report)
+    assert failed(tmp_path, name) == []
+    [arguments] = calls
+    assert ("--no-ideal" not in arguments) is ideal
+    kv = next(int(text.rsplit("=", 1)[1]) for text in arguments if "kv-cache-memory-bytes" in text)
+    element = 65536 if "fp8" in name else 131072
+    assert kv == (kv_tokens + 4096) * element
+    assert (2 + ideal) * (kv + 20e9) < memory
+    model = Path(next(text for text in arguments if text.startswith("--model=")).split("=")[1])
+    config = json.loads((model / "config.json").read_text())
+    assert config["max_position_embeddings"] >= max(report.settings["lengths"]) + report.settings["decode_tokens"] + 1
+    for argument in report.settings["serve_arguments"]:
+        assert f"--serve-arg={argument}" in arguments
+
+
+def test_too_small_a_device_is_skipped(tmp_path: Path, benchmarked: Any) -> None:
+    calls = benchmarked(0.7)
+    for name, memory in (("ttft_128k", 40e9), ("ttft_512k_fp8", 84e9)):
+        speed.ttft(make_report(tmp_path, name, memory=memory))
+        result = load(tmp_path / f"{name}.json")
+        assert result is not None
+        assert result["status"] == "skipped"
+        assert "do not fit" in result["seen"]
+    assert calls == []
+
+
+def test_slower_than_stock_fails(tmp_path: Path, benchmarked: Any) -> None:
+    benchmarked(1.03)
+    speed.ttft(make_report(tmp_path, "ttft_32k_64k"))
+    speed.decode(make_report(tmp_path, "decode"))
+    assert failed(tmp_path, "ttft_32k_64k") == ["faster than stock at 32768", "faster than stock at 65536"]
+    assert failed(tmp_path, "decode") == ["as fast as stock, batch 1", "as fast as stock, batch 16"]
+
+
+def test_stages_of_a_group_share_a_folder(tmp_path: Path, benchmarked: Any) -> None:
+    benchmarked(0.7)
+    folders = []
+    for name in ("ttft_128k", "ttft_32k_64k", "decode", "ttft_256k_fp8", "ttft_512k_fp8"):
+        report = make_report(tmp_path, name)
+        speed.decode(report) if name == "decode" else speed.ttft(report)
+        result = load(tmp_path / f"{name}.json")
+        assert result is not None
+        folders.append(result["folder"])
+    assert len(set(folders[:3])) == len(set(folders[3:])) == 1
+    assert folders[0] != folders[3]
+
+
+def test_every_two_of_the_larger_kernel_cases_meet() -> None:
+    pytest.importorskip("triton", reason="the kernel needs Triton (Linux)")
+    from benchmarks.gpu.kernel_reference import pairs
+
+    levels = [
+        (case.head_size, case.block_size, case.group, (case.q_dtype, case.cache_dtype)) for case in pairs().values()
+    ]
+    for one, other in itertools.combinations(range(4), 2):
+        assert len({(level[one], level[other]) for level in levels}) == 16
+    assert {case.head_size for case in pairs().values()} == {64, 96, 128, 256}
+
+
+def test_tensors_keep_their_layout_on_the_way_to_a_device() -> None:
+    pytest.importorskip("triton", reason="the kernel needs Triton (Linux)")
+    import torch
+
+    from tests.kernels.triton_interpreter import Case, _build, _on_device
+
+    for case in (Case(((0, 5), (90, 14)), own_values=True), Case(((60, 9),), order="SBH")):
+        arguments = _build(case).arguments
+        moved = _on_device(arguments, "cpu:0")
+        for name, tensor in arguments.items():
+            if not isinstance(tensor, torch.Tensor):
+                assert moved[name] == tensor
+                continue
+            assert (moved[name].stride(), moved[name].shape) == (tensor.stride(), tensor.shape), name
+            assert moved[name].data_ptr() != tensor.data_ptr()
+            torch.testing.assert_close(moved[name], tensor, rtol=0, atol=0, equal_nan=True)
+        shared = moved["k_cache"].untyped_storage().data_ptr() == moved["v_cache"].untyped_storage().data_ptr()
+        assert shared is not case.own_values
+
+
+def test_where_a_wait_is() -> None:
+    from benchmarks.gpu.sync_debug import place
+
+    def frame(file: str, name: str) -> traceback.FrameSummary:
+        return traceback.FrameSummary(file, 7, name)
+
+    builder = frame("site/vllm_trimix/backend/builder.py", "build")
+    flash = frame("site/vllm/v1/attention/backends/flash_attn.py", "build")
+    torch_frame = frame("site/torch/_tensor.py", "item")
+    assert place([flash, builder, torch_frame]) == "vllm_trimix builder.py:7 build"
+    assert place([builder, flash, torch_frame]) == "vllm flash_attn.py:7 build"
+    assert place([torch_frame]) == "other _tensor.py:7 item"
+
+
+START = "INFO TRIMIX: layers=1-3 of=4 min_prompt_len=0 dense=FLASH_ATTN kernel=triton stock_layers=none source=config\n"
+V2 = "INFO 01-01 [model_runner.py:424] Model loading took\n"
+V1 = "INFO 01-01 [gpu_model_runner.py:5149] Model loading took\n"
+GRAPHS = "INFO 01-01 Graph capturing finished in 3 secs, took 0.1 GiB\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "dense", "wrong"),
+    [
+        (START + V2 + GRAPHS, None, []),
+        (START + V2 + GRAPHS, "FLASH_ATTN", []),
+        (START + V2 + GRAPHS, "TRITON_ATTN", ["x: start-up line"]),
+        (START.replace("triton", "torch_cpu") + V2 + GRAPHS, None, ["x: start-up line"]),
+        (START.replace("none", "1:head_size") + V2 + GRAPHS, None, ["x: start-up line"]),
+        (START + V1 + GRAPHS, None, ["x: runner"]),
+        (START + V2, None, ["x: CUDA graphs"]),
+        ("", None, ["x: start-up line", "x: runner", "x: CUDA graphs"]),
+    ],
+)
+def test_the_log_of_a_gpu_engine(tmp_path: Path, log: str, dense: str | None, wrong: list[str]) -> None:
+    from benchmarks.gpu.engine import _check_engine
+
+    _check_engine(make_report(tmp_path, "engine_v2_graphs"), "x", log, dense=dense)
+    assert failed(tmp_path, "engine_v2_graphs") == wrong
+
+
+def test_fp8_answers_are_judged_by_stock_fp8(tmp_path: Path) -> None:
+    from benchmarks.gpu.engine import _check_quantised
+    from benchmarks.gpu.small_model import prompts, save_small_model
+    from tests.engine.models import true_logprobs
+    from tests.engine.run import LAYERS, PATTERN, Result, both_ways
+
+    model = save_small_model(tmp_path / "model")
+    wave = both_ways(prompts([200, 300]), max_tokens=8)
+    generator = random.Random(0)
+
+    def answers(error: float, sparse: frozenset[int]) -> Result:
+        rows = []
+        for request in wave:
+            layers = frozenset() if request["extra_args"] else sparse
+            tokens = [generator.randrange(3, 200) for _ in range(8)]
+            truth = true_logprobs(model, request["prompt"], tokens, layers=layers, pattern=PATTERN)
+            rows.append({"tokens": tokens, "logprobs": [value + generator.uniform(-error, error) for value in truth]})
+        return Result([rows], Counter(triangle=500 - 2 * PATTERN.last_n), {}, START, [])
+
+    exact, quantised = answers(0.01, LAYERS), answers(0.1, LAYERS)
+    report = make_report(tmp_path, "fp8_kv")
+    _check_quantised(report, "fp8", model, wave, exact, quantised)
+    assert failed(tmp_path, "fp8_kv") == []
+    # Dense all along; and not quantised at all.
+    _check_quantised(report, "fp8", model, wave, exact, answers(0.1, frozenset()))
+    assert set(failed(tmp_path, "fp8_kv")) == {"fp8: triangle answers", "fp8: the mask bites"}
+    _check_quantised(report, "bf16", model, wave, quantised, exact)
+    assert "bf16: it is quantised" in failed(tmp_path, "fp8_kv")
+
+
+def test_one_real_stage_and_its_resumption(tmp_path: Path) -> None:
+    pytest.importorskip("vllm", reason="stages run vLLM")
+    pytest.importorskip("triton", reason="the kernel needs Triton (Linux)")
+    arguments = ("--toy", "--only=kernel_reference", f"--output={tmp_path / 'out'}")
+    found = run_all(*arguments)
+    assert found.returncode == 0, found.stdout + found.stderr
+    result = load(tmp_path / "out" / "kernel_reference.json")
+    assert result is not None
+    assert (result["status"], result["cases"], result["cases_skipped"]) == ("passed", 6, [])
+    assert result["environment"]["versions"]["vllm"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1600)
+def test_every_stage_at_toy_size(tmp_path: Path) -> None:
+    pytest.importorskip("vllm", reason="stages run vLLM")
+    found = run_all("--toy", "--output", str(tmp_path / "out"))
+    results = {stage.name: load(tmp_path / "out" / f"{stage.name}.json") for stage in STAGES}
+    assert all(results.values()), found.stdout + found.stderr
+    verdicts = {name: (result["status"], result["seen"]) for name, result in results.items() if result}
+    assert [name for name, (status, _) in verdicts.items() if status != "passed"] == [], verdicts
+    assert found.returncode == 0
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert all(f"| {stage.name} | passed |" in summary for stage in STAGES)
+
+
+def test_run_all_is_executable() -> None:
+    assert os.access(RUN_ALL, os.X_OK)
+    assert runner.ROOT == ROOT
