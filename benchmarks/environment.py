@@ -6,8 +6,11 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
+
+_HERE = Path(__file__).parent
 
 
 def environment() -> dict[str, object]:
@@ -19,25 +22,24 @@ def environment() -> dict[str, object]:
         except importlib.metadata.PackageNotFoundError:
             continue
     cpuinfo = Path("/proc/cpuinfo").read_text()
-    flags = set(cpuinfo.split("flags", 1)[1].split("\n", 1)[0].split())
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=7"], capture_output=True, text=True, check=False
-    )
+    # "flags" on x86, "Features" on ARM, which names no model.
+    flags = set(" ".join(re.findall(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)[:1]).split())
+    models = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-        "cpu": next(line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")),
+        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=7"),
+        "cpu": models[0] if models else platform.machine(),
         "cores": os.cpu_count(),
         "avx512_bf16": "avx512_bf16" in flags,
         "amx": "amx_bf16" in flags,
-        "gpu": _gpu(),
+        "gpu": _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
         "versions": versions,
     }
 
 
-def _gpu() -> str | None:
+def _output(*command: str) -> str | None:
+    """What a command prints; None where it is missing or fails."""
     try:
-        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, cwd=_HERE, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

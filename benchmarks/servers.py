@@ -103,7 +103,9 @@ class Server:
             return None
         mine = {process.pid for process in self.processes()}
         rows = [line.split(",") for line in listed if line.strip()]
-        return 1024**2 * sum(int(used) for pid, used in rows if int(pid) in mine)
+        # Containers may hide the memory of single processes.
+        known = [int(used) for pid, used in rows if int(pid) in mine and used.strip().isdecimal()]
+        return 1024**2 * sum(known) if known else None
 
     def prompt_tokens(self) -> int:
         """Prompt tokens the engine has counted since it started."""
@@ -130,7 +132,8 @@ def command_line(
 ) -> list[str]:
     """The ``vllm serve`` command of a configuration."""
     command = [
-        str(Path(sys.executable).with_name("vllm")),
+        # The command `vllm`, which need not lie beside the interpreter.
+        *(sys.executable, "-m", "vllm.entrypoints.cli.main"),
         "serve",
         str(model),
         f"--served-model-name={SERVED_NAME}",

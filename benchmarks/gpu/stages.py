@@ -99,7 +99,7 @@ STAGES = [
         75,
         "retrieval by a circuit model, one and two hops, to 128K in chunks: right and wrong where they must be",
         {"lengths": [4096, 20011, 33000, 65536, 131000], "seeds": 2, "chunk": 7777, "graphs": True},
-        {"lengths": [2048, 4096], "seeds": 1, "chunk": 1000, "graphs": False},
+        {"lengths": [1100, 2048], "seeds": 1, "chunk": 700, "graphs": False},
     ),
     Stage(
         "kernels",
