@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -38,7 +39,7 @@ def _no_metadata(*_: object) -> SimpleNamespace:
     return SimpleNamespace()
 
 
-def plan_time(model: Path, *, num_requests: int = 64, num_prefill: int = 4, repeats: int = 2000) -> dict[str, float]:
+def plan_time(model: Path, *, num_requests: int = 64, num_prefill: int = 4, repeats: int = 1000) -> dict[str, Any]:
     """Time of our part of building one step's metadata, in microseconds, on one thread as in a worker with one core.
 
     vLLM's real builder runs on a real step; only the dense backend's own two builds are left out. One of the prompts
@@ -93,14 +94,21 @@ def plan_time(model: Path, *, num_requests: int = 64, num_prefill: int = 4, repe
             samples.append(1e6 * (time.perf_counter() - start))
     if len(metadata.trimix.spans) != num_prefill:
         raise RuntimeError(f"expected {num_prefill} triangle spans, planned {metadata.trimix.spans}")
-    samples.sort()
-    return {"median_us": round(statistics.median(samples), 1), "p99_us": round(samples[int(0.99 * repeats)], 1)}
+    ordered = sorted(samples)
+    return {
+        "median_us": round(statistics.median(ordered), 1),
+        "p99_us": round(ordered[int(0.99 * repeats)], 1),
+        "samples_us": [round(sample, 1) for sample in samples],
+    }
 
 
-def memory_slope(server: Server, *, first: int = 100, last: int = 200) -> dict[str, float]:
-    """Resident bytes a request, from the ``first`` to the ``last`` of a mix of short, long and opted-out requests."""
+def memory_slope(server: Server, *, first: int, last: int, every: int = 20) -> dict[str, Any]:
+    """Resident bytes a request, from the ``first`` to the ``last`` of a mix of short, long and opted-out requests.
+
+    The slope of a line through a sample every ``every`` requests; what the first ones make once is not in it.
+    """
     generator = random.Random(0)
-    at_first = 0
+    samples = []
     for number in tqdm(range(last), unit="request"):
         length = generator.choice([5, 300, 1500, 5000])
         body = {
@@ -112,9 +120,10 @@ def memory_slope(server: Server, *, first: int = 100, last: int = 200) -> dict[s
         if generator.random() < 0.3 and server.configuration.trimix is not None:
             body["vllm_xargs"] = {"trimix": "off"}
         server.client.post("/v1/completions", json=body).raise_for_status()
-        if number + 1 == first:
-            at_first = server.memory()
-    return {"bytes_per_request": (server.memory() - at_first) / (last - first)}
+        if number + 1 >= first and (number + 1 - first) % every == 0:
+            samples.append((number + 1, server.memory()))
+    line = statistics.linear_regression([float(number) for number, _ in samples], [memory for _, memory in samples])
+    return {"bytes_per_request": round(line.slope, 1), "samples": samples}
 
 
 def tracked_when_idle(log: str) -> int:
@@ -130,7 +139,10 @@ def main() -> None:
         )
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--cpus", default="0")
+    parser.add_argument("--cpus", default="0", help="cores of each server's worker, on CPU machines")
+    parser.add_argument(
+        "--requests", type=int, default=300, help="served for the memory figure; counted from the 100th"
+    )
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     result: dict[str, object] = {"environment": environment()}
@@ -148,13 +160,16 @@ def main() -> None:
                 cpus=args.cpus,
                 arguments=["--load-format=dummy", "--dtype=bfloat16", "--enforce-eager"],
             ) as [server]:
-                result[f"memory_{configuration.name}"] = memory_slope(server)
+                result[f"memory_{configuration.name}"] = memory_slope(
+                    server, first=min(100, args.requests // 3), last=args.requests
+                )
                 if configuration.trimix is not None:
                     time.sleep(2.5)
                     result["tracked_requests_when_idle"] = tracked_when_idle(server.text())
-    text = json.dumps(result, indent=1)
-    (args.output / "result.json").write_text(text + "\n")
-    print(text)
+    (args.output / "result.json").write_text(json.dumps(result) + "\n")
+    for name, value in result.items():
+        figures = value if not isinstance(value, dict) else {k: v for k, v in value.items() if "samples" not in k}
+        print(f"{name}: {figures}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ from vllm_trimix.intervals import MIN_SAMPLES
 _WARM_UP = -1
 _MAX_IDLE_CPU = 0.01
 _BREAKDOWN_LENGTHS = (8192, 16384)
-_QUICK_LENGTHS = "2048,4096,8192"
+_QUICK_BREAKDOWN_LENGTHS = (4096,)
+_QUICK_LENGTHS = "2048,8192"
 _LENGTHS = "512,1024,2048,4096,8192,16384,32768"
 
 
@@ -155,7 +156,8 @@ def breakdown(
     args: argparse.Namespace, compared: list[Configuration], model: Path, *, longest: int, arguments: list[str]
 ) -> None:
     """Adds to the report where the time goes, from profiles of one process; a failure there costs no figure."""
-    lengths = sorted({min(longest, length) for length in _BREAKDOWN_LENGTHS[: 1 if args.quick else None]})
+    wanted = _QUICK_BREAKDOWN_LENGTHS if args.quick else _BREAKDOWN_LENGTHS
+    lengths = sorted({min(longest, length) for length in wanted})
     shown = {configuration.name: configuration.trimix for configuration in compared if configuration.name != IDEAL}
     repeats = 1 if args.quick else 3
     try:

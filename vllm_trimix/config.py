@@ -19,7 +19,8 @@ from vllm_trimix.presets import find_preset
 
 DenseBackend = Literal["FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "CPU_ATTN"]
 
-# The largest break-even of the `vllm-trimix calibrate` runs under benchmarks/results, rounded up; a test compares them.
+# Twice the largest break-even of the `vllm-trimix calibrate` runs under benchmarks/results, as a margin for machines
+# that are not among them, rounded up to a power of two; a test compares them.
 DEFAULT_MIN_PROMPT_LEN = 4096
 
 

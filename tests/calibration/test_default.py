@@ -25,4 +25,5 @@ def test_the_default_comes_from_recorded_runs() -> None:
         samples = overlay["provenance"]["samples"]
         assert min(sample["confidence"] for sample in samples) >= CONFIDENCE, f"{path}: too few repeats"
         measured.append(overlay["min_prompt_len"])
-    assert max(measured) <= DEFAULT_MIN_PROMPT_LEN <= 4 * max(measured)
+    # Twice the largest, rounded up to a power of two.
+    assert 1 << (2 * max(measured) - 1).bit_length() == DEFAULT_MIN_PROMPT_LEN

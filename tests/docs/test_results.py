@@ -1,0 +1,61 @@
+"""Recorded measurements say what they were measured on and keep their samples; the README quotes them right."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
+README = (ROOT / "README.md").read_text()
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(ROOT / "benchmarks" / "results").as_posix()
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=_name)
+def test_a_result_names_its_machine_and_keeps_its_samples(path: Path) -> None:
+    result = json.loads(path.read_text())
+    if path.name.startswith("calibrate"):
+        provenance = result["provenance"]
+        assert provenance["date"]
+        assert provenance["hardware"]
+        assert provenance["versions"]["vllm"]
+        assert all(sample["dense_s"] and sample["triangle_s"] for sample in provenance["samples"])
+        return
+    environment = result["environment"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", environment["date"])
+    assert environment["cpu"] or environment["gpu"]
+    assert environment["versions"]["torch"]
+    if environment["commit"].endswith("-dirty"):
+        assert "-dirty:" in result["note"], "measured on code that no commit holds: the note must say what differed"
+    if path.name == "result.json" and "rounds" in result:
+        for row in result["rows"]:
+            same = [r for r in result["rounds"] if all(r[key] == row[key] for key in ("length", "concurrency"))]
+            assert len(same) == row["repeats"]
+            assert all(r["measurements"][row["config"]]["ttfts_s"] for r in same)
+    for row in result.get("rows", []):
+        if path.name in ("kernels.json", "breakdown.json") and row["status"] == "ok":
+            assert row["samples"], row
+
+
+def test_the_readme_table_is_the_recorded_one() -> None:
+    section = README.split("## Time to first token", 1)[1].split("\n## ", 1)[0]
+    [folder] = re.findall(r"`(benchmarks/results/[\w.-]+-ttft)/?`", section)
+    result = json.loads((ROOT / folder / "result.json").read_text())
+    assert result["environment"]["date"] in section
+    rows = {(row["config"], row["length"]): row for row in result["rows"]}
+    table = re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \((.*?)\) \| (\S*) \| (\S*) \|$", section, re.M)
+    assert [int(line[0]) for line in table] == sorted({row["length"] for row in result["rows"]})
+    for length, stock, trimix, ratio, interval, captured, bound in table:
+        mine = rows["trimix", int(length)]
+        assert float(stock) == pytest.approx(rows["stock", int(length)]["ttft_median_s"], rel=5e-3)
+        assert float(trimix) == pytest.approx(mine["ttft_median_s"], rel=5e-3)
+        assert float(ratio) == pytest.approx(mine["ratio_to_stock"], abs=5.1e-3)
+        assert interval == "{:.2f}-{:.2f}".format(*mine["ratio_ci95"])
+        assert captured == ("" if mine["captured_saving"] is None else f"{mine['captured_saving']:.2f}")
+        assert bound == ("" if mine["pair_bound"] is None else f"{mine['pair_bound']:.2f}")
