@@ -48,7 +48,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"{layer_name(result)[0].upper()}{layer_name(result)[1:]}.",
         "",
-        "Time: median of interleaved rounds and its 95% interval (order statistics), all steps of the prompt together; planning "
+        "Time: median of interleaved rounds and its 95% interval (order statistics), all steps together; planning "
         f"{'is in it' if on_cpu else 'is not in it (vLLM plans once a step for all layers)'} and stands beside it. "
         f"Speed-up: of medians, against `{settings['dense_baseline']}`, vLLM's own dense kernel here; bound: dense "
         "pairs over triangle pairs. Error: against fp64 on sampled rows, the largest and the worst row's relative RMS; "
