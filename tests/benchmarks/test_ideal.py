@@ -25,6 +25,7 @@ def test_calls_of_the_floor(tmp_path: Path) -> None:
     assert calls["left_out"] == 3 * 4
     assert calls["dense"] == 3 * 4 + (tokens - 1) * 8
     assert "triangle" not in calls
+    assert calls["zeroed"] == {"_forward_cpu": [1, 2], "_forward_triton": [1, 2]}
 
 
 def test_no_setting_leads_to_the_floor() -> None:

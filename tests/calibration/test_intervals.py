@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vllm_trimix.intervals import CONFIDENCE, MIN_SAMPLES, interval_confidence, median_interval
 
 
-@pytest.mark.parametrize("count", [3, 5, 6, 7, 9, 12])
+@pytest.mark.parametrize("count", [3, 5, 6, 7, 8, 9, 12])
 def test_they_hold_the_median_as_often_as_they_say(count: int) -> None:
     generator = random.Random(count)
     draws = 4000
