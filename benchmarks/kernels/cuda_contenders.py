@@ -195,11 +195,12 @@ class TrimixTriton:
 
     def plan(self) -> None:
         from vllm_trimix.backend.builder import cut_tiles
+        from vllm_trimix.backend.upload import upload
 
         problem, device = self._problem, self._q.device
         plans = plan_steps(problem)
         self._tiles = [
-            cut_tiles(plan.triangle, self._tile_rows).to(device, non_blocking=True) if plan.triangle else None
+            upload([cut_tiles(plan.triangle, self._tile_rows)], device)[0] if plan.triangle else None
             for plan in plans
         ]
         # A dense span ends where its step ends, and positions of a single prompt are its rows.

@@ -12,6 +12,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 
 from vllm_trimix.backend import announce, requests, settings
+from vllm_trimix.backend.upload import upload
 from vllm_trimix.plan import Plan, Span, build_plan
 
 logger = init_logger("vllm.vllm_trimix")
@@ -178,10 +179,16 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
             announce.fallback(reason)
 
     def _step_plan(self, plan: Plan, step: requests.Step, common: CommonAttentionMetadata) -> StepPlan:
-        dense_rows, dense_metadata = self._dense_remainder(plan.dense, common)
-        tiles = None
-        if self.trimix_kernel != "torch_cpu":
-            tiles = cut_tiles(plan.triangle, self._tile_rows).to(self.device, non_blocking=True)
+        dense = _dense_batch(plan.dense) if plan.dense else None
+        needs_tiles = self.trimix_kernel != "torch_cpu"
+        arrays = [cut_tiles(plan.triangle, self._tile_rows)] if needs_tiles else []
+        if dense is not None:
+            arrays += [dense.starts, dense.indices, *([] if dense.rows is None else [dense.rows])]
+        uploaded = upload(arrays, self.device)
+        tiles = uploaded.pop(0) if needs_tiles else None
+        dense_rows, dense_metadata = None, None
+        if dense is not None:
+            dense_rows, dense_metadata = self._dense_remainder(dense, uploaded, common)
         return StepPlan(
             spans=plan.triangle,
             num_rows=plan.rows["triangle"],
@@ -194,51 +201,74 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
         )
 
     def _dense_remainder(
-        self, spans: list[Span], common: CommonAttentionMetadata
-    ) -> tuple[slice | torch.Tensor | None, Any]:
+        self, dense: _DenseBatch, uploaded: list[torch.Tensor], common: CommonAttentionMetadata
+    ) -> tuple[slice | torch.Tensor, Any]:
         """Metadata of a batch of pseudo-requests: each dense span, with its request's own pages and keys.
 
         Every dense span ends where its request's scheduled rows end, so that the request's key count is its own.
         """
-        if not spans:
-            return None, None
         assert self._dense_builder is not None
-        table = np.array(spans, dtype=np.int64)
-        indices, first_rows, num_rows = table[:, 0], table[:, 1], table[:, 2]
-        starts = np.zeros(len(spans) + 1, dtype=np.int32)
-        np.cumsum(num_rows, out=starts[1:])
-        total = int(starts[-1])
-        query_start_loc_cpu = torch.from_numpy(starts)
-        requests_cpu = torch.from_numpy(np.ascontiguousarray(indices))
-        query_start_loc = query_start_loc_cpu.to(self.device, non_blocking=True)
-        index = requests_cpu.to(self.device, non_blocking=True)
-        end = spans[0].first_row + total
-        selection: slice | torch.Tensor = slice(spans[0].first_row, end)
-        if spans[-1].first_row + spans[-1].num_rows != end:
-            rows = np.repeat(first_rows - starts[:-1], num_rows) + np.arange(total)
-            selection = torch.from_numpy(rows).to(self.device, non_blocking=True)
+        query_start_loc, *indices = uploaded
+        # PyTorch indexes by int64: converted once here instead of at every use.
+        index, *rows = (array.long() for array in indices)
+        selection = rows[0] if rows else slice(dense.first_row, dense.first_row + dense.num_rows)
+        requests_cpu = torch.from_numpy(dense.indices)
         bound = common.seq_lens_cpu_upper_bound
         assert bound is not None
         bound = bound[requests_cpu]
         remainder = common.replace(
             query_start_loc=query_start_loc,
-            query_start_loc_cpu=query_start_loc_cpu,
+            query_start_loc_cpu=torch.from_numpy(dense.starts),
             seq_lens=common.seq_lens[index],
             seq_lens_cpu_upper_bound=bound,
-            num_reqs=len(spans),
-            num_actual_tokens=total,
-            max_query_len=int(num_rows.max()),
+            num_reqs=len(dense.indices),
+            num_actual_tokens=dense.num_rows,
+            max_query_len=dense.longest,
             max_seq_len=int(bound.max()),
             block_table_tensor=common.block_table_tensor[index],
             slot_mapping=common.slot_mapping[selection],
             positions=None if common.positions is None else common.positions[selection],
             is_prefilling=None if common.is_prefilling is None else common.is_prefilling[requests_cpu],
-            req_idx=None if common.req_idx is None else common.req_idx[indices],
+            req_idx=None if common.req_idx is None else common.req_idx[dense.indices],
             mm_req_doc_ranges=None,
             _num_computed_tokens_cache=None,
             _token_to_req_indices_cache=None,
         )
         return selection, self._dense_builder.build(0, remainder)
+
+
+@dataclasses.dataclass(frozen=True)
+class _DenseBatch:
+    """The dense spans of a step as a batch of their own, on the host.
+
+    Attributes:
+        starts: First row of each span in the batch, and the end, [num_spans + 1], int32.
+        indices: Row of each span's request in the step, [num_spans], int64.
+        rows: Rows of the step, [num_rows]; None when they are contiguous.
+        first_row: First row of the step.
+        num_rows: Rows of the batch.
+        longest: Rows of the longest span.
+    """
+
+    starts: np.ndarray
+    indices: np.ndarray
+    rows: np.ndarray | None
+    first_row: int
+    num_rows: int
+    longest: int
+
+
+def _dense_batch(spans: list[Span]) -> _DenseBatch:
+    table = np.array(spans, dtype=np.int64)
+    first_rows, num_rows = table[:, 1], table[:, 2]
+    starts = np.zeros(len(spans) + 1, dtype=np.int32)
+    np.cumsum(num_rows, out=starts[1:])
+    total, last = int(starts[-1]), spans[-1]
+    rows = None
+    if last.first_row + last.num_rows != spans[0].first_row + total:
+        rows = np.repeat(first_rows - starts[:-1], num_rows) + np.arange(total)
+    indices = np.ascontiguousarray(table[:, 0])
+    return _DenseBatch(starts, indices, rows, spans[0].first_row, total, int(num_rows.max()))
 
 
 class SharedWorkspace(TrimixBuilder):
@@ -280,13 +310,14 @@ def _scales_reason(layer: Any) -> str | None:
     return "per_head_kv_scales" if any(scale is not None and scale.numel() != 1 for scale in scales) else None
 
 
-def cut_tiles(spans: list[Span], tile_rows: int) -> torch.Tensor:
+def cut_tiles(spans: list[Span], tile_rows: int) -> np.ndarray:
     """Cuts spans into kernel tiles: [num_tiles, 4] int32 of (request, first row, rows, position of the first row)."""
-    return torch.tensor(
-        [
-            (span.request, span.first_row + row, min(tile_rows, span.num_rows - row), span.position + row)
-            for span in spans
-            for row in range(0, span.num_rows, tile_rows)
-        ],
-        dtype=torch.int32,
-    )
+    table = np.array(spans, dtype=np.int32)
+    counts = -(-table[:, 2] // tile_rows)
+    tiles = np.repeat(table, counts, axis=0)
+    # Row offset of each tile within its span.
+    offsets = (np.arange(len(tiles), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts, counts)) * tile_rows
+    tiles[:, 1] += offsets
+    tiles[:, 3] += offsets
+    tiles[:, 2] = np.minimum(tile_rows, tiles[:, 2] - offsets)
+    return tiles

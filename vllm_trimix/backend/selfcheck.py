@@ -126,7 +126,7 @@ def _run_triton(
         k,
         v,
         block_table,
-        cut_tiles(spans, tile_rows).to(q.device),
+        torch.from_numpy(cut_tiles(spans, tile_rows)).to(q.device),
         n_init=pattern.n_init,
         n_local=pattern.n_local,
         scale=scale,

@@ -1,0 +1,72 @@
+"""What the plan sends to the device: one transfer, arrays intact, tiles that cover the spans."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("vllm", reason="the builder imports vLLM")
+
+from vllm_trimix.backend.builder import _dense_batch, cut_tiles
+from vllm_trimix.backend.upload import upload
+from vllm_trimix.plan import Span
+
+shapes = st.lists(st.integers(0, 7), min_size=1, max_size=3).map(tuple)
+
+
+@given(st.lists(shapes, max_size=6), st.randoms(use_true_random=False))
+def test_arrays_arrive_intact_in_one_buffer(shapes: list[tuple[int, ...]], random: object) -> None:
+    generator = np.random.default_rng(random.getrandbits(32))  # type: ignore[attr-defined]
+    dtypes = [np.int32, np.int64]
+    arrays = [
+        generator.integers(-(2**31), 2**31, shape).astype(dtypes[index % 2]) for index, shape in enumerate(shapes)
+    ]
+    sent = upload(arrays, torch.device("cpu"))
+    for array, tensor in zip(arrays, sent, strict=True):
+        assert tensor.dtype == torch.int32
+        assert tuple(tensor.shape) == array.shape
+        assert (tensor.numpy() == array).all()
+        assert tensor.storage_offset() % 4 == 0
+    assert len({tensor.untyped_storage().data_ptr() for tensor in sent}) <= 1
+
+
+@st.composite
+def spans(draw: st.DrawFn) -> list[Span]:
+    found, row = [], 0
+    for request in range(draw(st.integers(1, 6))):
+        row += draw(st.integers(0, 5))
+        found.append(Span(request, row, draw(st.integers(1, 90)), draw(st.integers(0, 10**6))))
+        row += found[-1].num_rows
+    return found
+
+
+@given(spans(), st.integers(1, 40))
+def test_tiles_cover_every_row_of_the_spans_once(spans: list[Span], tile_rows: int) -> None:
+    tiles = cut_tiles(spans, tile_rows)
+    assert tiles.dtype == np.int32
+    covered = [
+        (request, first + row, position + row) for request, first, rows, position in tiles.tolist() for row in range(rows)
+    ]
+    assert covered == [
+        (span.request, span.first_row + row, span.position + row) for span in spans for row in range(span.num_rows)
+    ]
+    assert 1 <= tiles[:, 2].min()
+    assert tiles[:, 2].max() <= tile_rows
+
+
+@given(spans())
+def test_dense_rows_are_those_of_the_spans(spans: list[Span]) -> None:
+    batch = _dense_batch(spans)
+    rows = [span.first_row + row for span in spans for row in range(span.num_rows)]
+    contiguous = rows == list(range(rows[0], rows[0] + len(rows)))
+    assert (batch.rows is None) is contiguous
+    if batch.rows is not None:
+        assert batch.rows.tolist() == rows
+    assert batch.num_rows == len(rows)
+    assert batch.first_row == rows[0]
+    assert batch.longest == max(span.num_rows for span in spans)
+    assert np.diff(batch.starts).tolist() == [span.num_rows for span in spans]
+    assert batch.indices.tolist() == [span.request for span in spans]
