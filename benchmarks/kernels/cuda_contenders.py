@@ -200,8 +200,7 @@ class TrimixTriton:
         problem, device = self._problem, self._q.device
         plans = plan_steps(problem)
         self._tiles = [
-            upload([cut_tiles(plan.triangle, self._tile_rows)], device)[0] if plan.triangle else None
-            for plan in plans
+            upload([cut_tiles(plan.triangle, self._tile_rows)], device)[0] if plan.triangle else None for plan in plans
         ]
         # A dense span ends where its step ends, and positions of a single prompt are its rows.
         self._dense = [
