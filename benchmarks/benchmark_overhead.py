@@ -141,7 +141,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--cpus", default="0", help="cores of each server's worker, on CPU machines")
     parser.add_argument(
-        "--requests", type=int, default=300, help="served for the memory figure; counted from the 100th"
+        "--requests",
+        type=int,
+        default=300,
+        help="served for the memory figure, which leaves the first third out; 0: none",
     )
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -151,7 +154,8 @@ def main() -> None:
         model = Path(scratch) / "bench"
         trimix_cli(["make-bench-model", str(model), "--shape", "bench-8l"])
         result["plan_64_requests_4_prefill"] = plan_time(model)
-        for configuration in (Configuration("stock", None), Configuration("trimix", trimix)):
+        served = (Configuration("stock", None), Configuration("trimix", trimix)) if args.requests else ()
+        for configuration in served:
             with serve(
                 [configuration],
                 model,
@@ -161,7 +165,7 @@ def main() -> None:
                 arguments=["--load-format=dummy", "--dtype=bfloat16", "--enforce-eager"],
             ) as [server]:
                 result[f"memory_{configuration.name}"] = memory_slope(
-                    server, first=min(100, args.requests // 3), last=args.requests
+                    server, first=args.requests // 3, last=args.requests
                 )
                 if configuration.trimix is not None:
                     time.sleep(2.5)
