@@ -191,6 +191,7 @@ def test_the_lookup_layer_must_not_be_sparse(demo_model: Path, tmp_path: Path) -
             one = make_demo_prompt(tokens=tokens, hops=1, seed=tokens)
             assert wrong.complete(one.prompt)["text"] == one.answer
         assert wrong.rows()["triangle"] > 2 * sum(LENGTHS) - 3000
-    log = wrong.log
-    assert wrong.process.returncode in (0, -2, 130), log[-2000:]
-    assert "Traceback" not in log
+        # Read before it is stopped: on Ctrl-C vLLM's front end may see the engine exit before its own signal, and
+        # then logs EngineDeadError with a traceback, with any backend.
+        assert "Traceback" not in wrong.log
+    assert wrong.process.returncode in (0, -2, 130), wrong.log[-2000:]
