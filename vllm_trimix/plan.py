@@ -51,11 +51,14 @@ class Plan:
 
     Attributes:
         triangle: Spans the triangle kernel computes; empty means the whole step is dense.
+        tails: Dense spans of the last prompt rows, few against many keys: the triangle kernel computes them too, with
+            their keys split.
         dense: Spans left to the stock kernel. Each ends at the end of its request's scheduled rows.
         rows: Query rows by class: ``triangle``, ``last_n``, ``decode`` and each fallback reason.
     """
 
     triangle: list[Span] = field(default_factory=list)
+    tails: list[Span] = field(default_factory=list)
     dense: list[Span] = field(default_factory=list)
     rows: dict[str, int] = field(default_factory=dict)
 
@@ -67,6 +70,7 @@ def build_plan(
     *,
     pattern: Triangle,
     min_prompt_len: int,
+    max_tail_rows: int = 0,
     step_reason: str | None = None,
 ) -> Plan:
     """Splits a step's query rows into triangle spans and the dense remainder.
@@ -77,6 +81,7 @@ def build_plan(
         requests: Each request's prompt length and fallback reason; None when the prompt length is unknown.
         pattern: The triangle's parameters.
         min_prompt_len: Prompts shorter than this stay dense.
+        max_tail_rows: Dense spans of sparse requests up to this long are ``tails``; 0 leaves all to the stock kernel.
         step_reason: Why no request of this step may be sparse, or None.
 
     Returns:
@@ -113,7 +118,8 @@ def build_plan(
             triangle.append(Span(index, first_row, body, position))
             rows["triangle"] = rows.get("triangle", 0) + body
         if body < num_rows:
-            dense.append(Span(index, first_row + body, num_rows - body, position + body))
+            rest = dense if num_rows - body > max_tail_rows else plan.tails
+            rest.append(Span(index, first_row + body, num_rows - body, position + body))
         if body < prompt_rows:
             rows[LAST_N] = rows.get(LAST_N, 0) + prompt_rows - body
     return plan

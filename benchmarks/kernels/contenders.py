@@ -19,6 +19,7 @@ from benchmarks.kernels import cuda_contenders as cuda
 from benchmarks.kernels import cuda_unpaged_contenders as cuda_unpaged
 from benchmarks.kernels import flex
 from benchmarks.kernels.problem import Problem, Settings
+from vllm_trimix.backend.prefill import TrianglePrefill, TritonPrefill
 
 
 class Prepared(Protocol):
@@ -74,6 +75,18 @@ def _flash_attention(version: int) -> Contender:
         devices=("cuda",),
         prepare=functools.partial(cuda.FlashAttention, version=version),
         missing=functools.partial(cuda.flash_attention_missing, version=version),
+        fp8_products=True,
+    )
+
+
+def _trimix(about: str, prefill: type[TrianglePrefill], *, max_tail_rows: int | None = None) -> Contender:
+    return Contender(
+        about=f"ours: {about}",
+        pattern="triangle",
+        paged=True,
+        devices=("cuda",),
+        prepare=functools.partial(cuda.Trimix, prefill=prefill, max_tail_rows=max_tail_rows),
+        missing=cuda.triton_missing,
         fp8_products=True,
     )
 
@@ -163,14 +176,9 @@ CONTENDERS: dict[str, Contender] = {
         devices=("cpu",),
         prepare=functools.partial(cpu.TrimixCpu, sdpa_tiles=True),
     ),
-    "trimix_triton": Contender(
-        about="ours: the Triton kernel, last rows by vLLM's FlashAttention",
-        pattern="triangle",
-        paged=True,
-        devices=("cuda",),
-        prepare=cuda.TrimixTriton,
-        missing=cuda.triton_missing,
-        fp8_products=True,
+    "trimix_triton": _trimix("the Triton kernel, last rows included", TritonPrefill),
+    "trimix_triton_stock_tail": _trimix(
+        "the Triton kernel, last rows by vLLM's FlashAttention", TritonPrefill, max_tail_rows=0
     ),
 }
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from benchmarks.kernels.problem import FP8, Problem, Settings, plan_steps
+from vllm_trimix.backend.prefill import LayerShape, Scales, TrianglePrefill
+from vllm_trimix.backend.upload import upload
 
 
 def package_missing(settings: Settings, *, package: str) -> str | None:
@@ -173,34 +175,36 @@ class FlashInfer:
         return self._out
 
 
-class TrimixTriton:
-    """Triangle, as the backend runs a layer: the plan's triangle rows by our kernel, its dense rows by vLLM's."""
+class Trimix:
+    """Triangle, as the backend runs a layer: the way of prefill takes its share of the plan, vLLM's kernel the rest."""
 
-    def __init__(self, problem: Problem) -> None:
-        from vllm_trimix.kernels.triton_triangle import tile_rows_for
-
+    def __init__(self, problem: Problem, *, prefill: type[TrianglePrefill], max_tail_rows: int | None = None) -> None:
         settings = problem.settings
         self._problem = problem
         self._version = flash_attention_version(settings)
-        # With an fp8 cache the backend's tiles are still those of the model's dtype.
-        self._tile_rows = tile_rows_for(
-            settings.num_heads, settings.num_kv_heads, settings.head_size, settings.dtype.itemsize
+        self._prefill: Any = prefill(
+            {LayerShape(settings.num_heads, settings.num_kv_heads, settings.head_size)},
+            triangle=settings.pattern,
+            dtype_size=settings.dtype.itemsize,
+            device=settings.device,
         )
+        self._max_tail_rows = self._prefill.max_tail_rows if max_tail_rows is None else max_tail_rows
         self._k, self._v = problem.kv_cache.split(settings.head_size, dim=-1)
-        self._one = torch.ones(1, device=settings.device) if settings.fp8 else None
+        one = torch.ones(1, device=settings.device) if settings.fp8 else None
+        self._scales = Scales(one, one, one)
         self._q = problem.q if problem.q_fp8 is None else problem.q_fp8
         self._out = [problem.out[start:end] for start, end in problem.chunks]
-        self._tiles: list[torch.Tensor | None] = []
+        self._steps: list[Any] = []
         self._dense: list[list[_FlashStep]] = []
 
     def plan(self) -> None:
-        from vllm_trimix.backend.builder import cut_tiles
-        from vllm_trimix.backend.upload import upload
-
         problem, device = self._problem, self._q.device
-        plans = plan_steps(problem)
-        self._tiles = [
-            upload([cut_tiles(plan.triangle, self._tile_rows)], device)[0] if plan.triangle else None for plan in plans
+        plans = plan_steps(problem, max_tail_rows=self._max_tail_rows)
+        self._steps = [
+            self._prefill.bind(upload(self._prefill.arrays(plan), device), problem.block_table)
+            if plan.triangle or plan.tails
+            else None
+            for plan in plans
         ]
         # A dense span ends where its step ends, and positions of a single prompt are its rows.
         self._dense = [
@@ -215,27 +219,20 @@ class TrimixTriton:
                 step.plan()
 
     def run(self) -> list[torch.Tensor]:
-        from vllm_trimix.kernels.triton_triangle import triangle_prefill
-
-        problem, pattern = self._problem, self._problem.settings.pattern
-        for (start, end), out, tiles, dense in zip(problem.chunks, self._out, self._tiles, self._dense, strict=True):
-            for step in dense:
-                step.run()
-            if tiles is None:
-                continue
-            triangle_prefill(
-                self._q[start:end],
-                self._k,
-                self._v,
-                problem.block_table,
-                tiles,
-                n_init=pattern.n_init,
-                n_local=pattern.n_local,
-                scale=problem.settings.scale,
-                out=out,
-                tile_rows=self._tile_rows,
-                q_scale=self._one,
-                k_scale=self._one,
-                v_scale=self._one,
-            )
+        scale = self._problem.settings.scale
+        chunks = zip(self._problem.chunks, self._out, self._steps, self._dense, strict=True)
+        for (start, end), out, step, dense in chunks:
+            for rows in dense:
+                rows.run()
+            if step is not None:
+                self._prefill.run(
+                    step,
+                    self._q[start:end],
+                    self._k,
+                    self._v,
+                    scale=scale,
+                    soft_cap=0.0,
+                    scales=self._scales,
+                    out=out,
+                )
         return self._out

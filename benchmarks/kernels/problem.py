@@ -111,7 +111,7 @@ def _head_sizes(on_cpu: bool) -> list[int]:
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
         return CPUAttentionBackend.get_supported_head_sizes()
-    from vllm_trimix.kernels.triton_triangle import MAX_HEAD_SIZE
+    from vllm_trimix.kernels.triton_configs import MAX_HEAD_SIZE
 
     return list(range(16, MAX_HEAD_SIZE + 1, 16))
 
@@ -216,10 +216,17 @@ def _fill_cuda_cache(
     return stored.transpose(1, 2), ""
 
 
-def plan_steps(problem: Problem) -> list[Plan]:
+def plan_steps(problem: Problem, *, max_tail_rows: int = 0) -> list[Plan]:
     """The backend's plan of each step, for a prompt that is alone in its batch."""
     request = Request(problem.length)
     return [
-        build_plan([0, end - start], [end], [request], pattern=problem.settings.pattern, min_prompt_len=0)
+        build_plan(
+            [0, end - start],
+            [end],
+            [request],
+            pattern=problem.settings.pattern,
+            min_prompt_len=0,
+            max_tail_rows=max_tail_rows,
+        )
         for start, end in problem.chunks
     ]

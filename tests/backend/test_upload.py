@@ -1,4 +1,4 @@
-"""What the plan sends to the device: one transfer, arrays intact, tiles that cover the spans."""
+"""What the plan sends to the device: one transfer, arrays intact."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("vllm", reason="the builder imports vLLM")
 
-from vllm_trimix.backend.builder import _dense_batch, cut_tiles
-from vllm_trimix.backend.upload import upload
+from vllm_trimix.backend.builder import _dense_batch
+from vllm_trimix.backend.upload import _stage, _views, upload
 from vllm_trimix.plan import Span
 
 shapes = st.lists(st.integers(0, 7), min_size=1, max_size=3).map(tuple)
@@ -24,13 +24,18 @@ def test_arrays_arrive_intact_in_one_buffer(shapes: list[tuple[int, ...]], rando
     arrays = [
         generator.integers(-(2**31), 2**31, shape).astype(dtypes[index % 2]) for index, shape in enumerate(shapes)
     ]
-    sent = upload(arrays, torch.device("cpu"))
-    for array, tensor in zip(arrays, sent, strict=True):
-        assert tensor.dtype == torch.int32
-        assert tuple(tensor.shape) == array.shape
-        assert (tensor.numpy() == array).all()
-        assert tensor.storage_offset() % 4 == 0
-    assert len({tensor.untyped_storage().data_ptr() for tensor in sent}) <= 1
+    for sent in (_views(_stage(arrays, pin_memory=False), arrays), upload(arrays, torch.device("cpu"))):
+        for array, tensor in zip(arrays, sent, strict=True):
+            assert tensor.dtype == torch.int32
+            assert tuple(tensor.shape) == array.shape
+            assert (tensor.numpy() == array).all()
+
+
+def test_one_buffer_with_aligned_arrays() -> None:
+    arrays = [np.arange(size, dtype=np.int32) for size in (5, 8, 1)]
+    sent = _views(_stage(arrays, pin_memory=False), arrays)
+    assert [tensor.storage_offset() for tensor in sent] == [0, 8, 16]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in sent}) == 1
 
 
 @st.composite
@@ -41,22 +46,6 @@ def spans(draw: st.DrawFn) -> list[Span]:
         found.append(Span(request, row, draw(st.integers(1, 90)), draw(st.integers(0, 10**6))))
         row += found[-1].num_rows
     return found
-
-
-@given(spans(), st.integers(1, 40))
-def test_tiles_cover_every_row_of_the_spans_once(spans: list[Span], tile_rows: int) -> None:
-    tiles = cut_tiles(spans, tile_rows)
-    assert tiles.dtype == np.int32
-    covered = [
-        (request, first + row, position + row)
-        for request, first, rows, position in tiles.tolist()
-        for row in range(rows)
-    ]
-    assert covered == [
-        (span.request, span.first_row + row, span.position + row) for span in spans for row in range(span.num_rows)
-    ]
-    assert tiles[:, 2].min() >= 1
-    assert tiles[:, 2].max() <= tile_rows
 
 
 @given(spans())

@@ -213,7 +213,9 @@ def test_fp8_products_have_a_budget_of_their_own() -> None:
     assert 2 * plain.rms < fp8.rms < 0.1
 
 
-CUDA_ONLY = {"vllm_fa2", "vllm_fa3", "vllm_fa4", "flashinfer", "cudnn_sdpa", "flash_attn", "xformers", "trimix_triton"}
+CUDA_ONLY = {"vllm_fa2", "vllm_fa3", "vllm_fa4", "flashinfer", "cudnn_sdpa", "flash_attn", "xformers"} | {
+    name for name in contenders.CONTENDERS if name.startswith("trimix_triton")
+}
 
 
 def test_cuda_contenders_say_why_they_cannot_run() -> None:

@@ -15,6 +15,16 @@ from tests.kernels.triton_interpreter import (
 pytest.importorskip("triton", reason="the kernel needs Triton (Linux)")
 
 
+# Query and cache dtypes that vLLM serves on CUDA; "" is the query's.
+TABLE_DTYPES = (
+    ("float16", ""),
+    ("bfloat16", ""),
+    ("bfloat16", "float8_e4m3fn"),
+    ("bfloat16", "float8_e5m2"),
+    ("float8_e4m3fn", "float8_e4m3fn"),
+)
+
+
 def _cases() -> dict[str, Case]:
     cases = {}
     for dtype in ("float16", "bfloat16", "float32"):
@@ -45,7 +55,26 @@ def _cases() -> dict[str, Case]:
     cases["edges-of-the-window"] = Case(((118, 80),), num_kv_heads=1, group=1, n_local=64, tile_rows=1)
     cases["edges-of-two-rows"] = Case(((118, 80),), num_kv_heads=1, group=1, n_local=65, tile_rows=2)
     cases["last-sink-ends-a-step"] = Case(((63, 32), (200, 9)), n_init=63, n_local=1)
-    cases["values-strided-unlike-keys"] = Case(((0, 5), (90, 14)), own_values=True)
+    # Dense rows: alone, beside triangle rows, with their keys split, by less than a tile, with and without sinks.
+    cases["dense"] = Case(((0, 40), (130, 33)), dense=(0, 1))
+    cases["dense-beside-triangle"] = Case(((64, 20), (300, 40), (0, 9)), dense=(1,), n_local=32)
+    cases["dense-without-sinks"] = Case(((300, 40), (300, 40)), dense=(1,), n_init=0, n_local=32)
+    for dtype in ("float16", "bfloat16", "float32"):
+        for heads, programs in ((1, 16), (2, 32)):
+            name = f"split-{dtype}-{heads}-heads"
+            cases[name] = Case(
+                ((1500, 40), (100, 20)), dense=(0,), programs=programs, num_kv_heads=heads, q_dtype=dtype
+            )
+    # The last part lies wholly in the future of the tile's first rows.
+    cases["split-past-the-first-row"] = Case(((1020, 30),), dense=(0,), programs=3, num_kv_heads=1)
+    cases["split-of-several"] = Case(((1100, 9), (2300, 5), (40, 3)), dense=(0, 1, 2), programs=12, num_kv_heads=1)
+    cases["split-d256"] = Case(((1200, 20),), dense=(0,), programs=4, num_kv_heads=1, head_size=256)
+    cases["split-d96-gqa7"] = Case(((1200, 20),), dense=(0,), programs=4, num_kv_heads=1, head_size=96, group=7)
+    cases["split-page64"] = Case(((1200, 20),), dense=(0,), programs=4, num_kv_heads=1, block_size=64)
+    for dtype in ("bfloat16", "float8_e4m3fn"):
+        cases[f"split-fp8-cache-q-{dtype}"] = Case(
+            ((1200, 20), (90, 9)), dense=(0,), programs=4, num_kv_heads=1, q_dtype=dtype, cache_dtype="float8_e4m3fn"
+        )
     cases["tile-rows-1"] = Case(((0, 3), (90, 4)), tile_rows=1)
     cases["tile-rows-5"] = Case(((0, 13), (90, 14)), tile_rows=5)
     for cache_dtype in ("float8_e4m3fn", "float8_e5m2"):
@@ -56,6 +85,23 @@ def _cases() -> dict[str, Case]:
     for dtype in ("float16", "float32"):
         cases[f"soft-cap-{dtype}"] = Case(((0, 20), (150, 33)), q_dtype=dtype, soft_cap=1.5)
     cases["soft-cap-fp8-cache"] = Case(((150, 33),), q_dtype="bfloat16", cache_dtype="float8_e4m3fn", soft_cap=1.5)
+    # Every dtype x head size x GQA group of the table of launch shapes: windows of at least three steps from a position
+    # that is no multiple of one, and dense rows whose keys are split.
+    for head_size in (64, 96, 128, 256):
+        for group in (1, 4, 7, 8):
+            for q_dtype, cache_dtype in TABLE_DTYPES:
+                name = f"table-d{head_size}-gqa{group}-{q_dtype}-{cache_dtype or 'same'}"
+                cases[name] = Case(
+                    ((333, 21), (1030, 4)),
+                    group=group,
+                    num_kv_heads=1,
+                    head_size=head_size,
+                    n_local=200,
+                    dense=(1,),
+                    programs=4,
+                    q_dtype=q_dtype,
+                    cache_dtype=cache_dtype,
+                )
     # Offsets beyond 2**31 elements, in each factor of the address arithmetic.
     cases["huge-query-stride"] = Case(((4, 5),), num_kv_heads=1, huge="q")
     cases["huge-output-stride"] = Case(((4, 5),), num_kv_heads=1, huge="out")
@@ -106,16 +152,20 @@ def test_the_interpreter_multiplies_bf16(interpreter):
         ({"q": torch.zeros(11, 8, 64)}, "the cache is torch.float16; expected q's torch.float32 or one of"),
         ({"out": torch.zeros(11, 8, 64, dtype=torch.int32)}, "out is torch.int32 [11, 8, 64]; expected [11, 8, 64] in"),
         ({"k_cache": torch.zeros(2, 2, 16, 32)}, "k_cache is [2, 2, 16, 32]; expected [num_blocks, num_kv_heads"),
-        ({"v_cache": torch.zeros(2, 2, 16, 64)}, "v_cache is torch.float32 [2, 2, 16, 64]; expected k_cache's"),
+        ({"v_cache": torch.zeros(2, 2, 16, 64)}, "v_cache has torch.float32; expected k_cache's torch.float16"),
+        ({"v_cache": torch.zeros(2, 2, 16, 64).half()}, "v_cache has strides (2048, 1024, 64, 1); expected k_cache's"),
         ({"block_table": torch.zeros(3, 1)}, "block_table is torch.float32 [3, 1]; expected int32 [rows, blocks]"),
-        ({"tiles": torch.zeros(3, 5, dtype=torch.int32)}, "tiles is torch.int32 [3, 5]; expected int32 [rows, 4]"),
-        ({"tiles": torch.zeros(4, 3, dtype=torch.int32).T}, "the last dimension of tiles has stride 3; expected 1"),
+        ({"items": torch.zeros(3, 5, dtype=torch.int32)}, "items is torch.int32 [3, 5]; expected int32 [rows, 8]"),
+        ({"items": torch.zeros(8, 3, dtype=torch.int32).T}, "the last dimension of items has stride 3; expected 1"),
+        ({"items": torch.zeros(3, 16, dtype=torch.int32)[:, :8]}, "items has strides (16, 1); expected it contiguous"),
+        ({"merges": torch.zeros(3, 4)}, "merges is torch.float32 [3, 4]; expected int32 [rows, 4]"),
+        ({"merges": torch.zeros(3, 4, dtype=torch.int32)}, "merges has 3 rows, but there is no workspace for partial"),
         ({"k_scale": torch.ones(2)}, "k_scale is torch.float32 [2] on cpu; expected one float32 on cpu"),
         (
             {"v_scale": torch.ones(1, device="meta")},
             "v_scale is torch.float32 [1] on meta; expected one",
         ),
-        ({"tiles": torch.zeros(3, 4, dtype=torch.int32, device="meta")}, "tiles is on meta, q on cpu"),
+        ({"items": torch.zeros(3, 8, dtype=torch.int32, device="meta")}, "items is on meta, q on cpu"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -140,7 +190,7 @@ def test_tile_rows_refuses_what_has_no_launch_shape(interpreter, head_size, dtyp
 
 @pytest.mark.parametrize(
     ("heads", "head_size", "dtype_size", "expected"),
-    [((32, 8), 128, 2, 32), ((28, 4), 128, 2, 18), ((8, 8), 96, 1, 128), ((32, 8), 256, 2, 16), ((256, 1), 64, 2, 1)],
+    [((32, 8), 128, 2, 32), ((28, 4), 128, 2, 18), ((8, 8), 96, 1, 128), ((32, 8), 256, 2, 32), ((256, 1), 64, 2, 1)],
 )
 def test_default_tile(interpreter, heads, head_size, dtype_size, expected):
     assert interpreter.submit(tile_rows, *heads, head_size, dtype_size).result() == expected

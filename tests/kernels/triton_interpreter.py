@@ -15,6 +15,7 @@ from multiprocessing import get_context
 import torch
 
 from tests.budget import assert_within_budget
+from vllm_trimix.plan import Span
 
 # Linux; the name is only in Python 3.13's mmap.
 _MAP_NORESERVE = 0x4000
@@ -39,7 +40,8 @@ class Case:
         q_dtype: Query dtype, as in ``torch``.
         cache_dtype: KV-cache dtype; "" is ``q_dtype``.
         order: Memory order of the cache's blocks, heads and slots, outermost first: BHS is vLLM's HND, BSH its NHD.
-        own_values: Whether the values have a tensor of their own, strided unlike the keys.
+        dense: Indices of the spans whose rows see every key before them; the others are triangle rows.
+        programs: Programs that the dense spans' keys are split for; 0 is not at all.
         scales: Whether the fp8 tensors have scales other than 1.
         soft_cap: Logit cap, 0 is off.
         tile_rows: Tokens of a tile; 0 is the kernel's default.
@@ -56,7 +58,8 @@ class Case:
     q_dtype: str = "float16"
     cache_dtype: str = ""
     order: str = "BHS"
-    own_values: bool = False
+    dense: tuple[int, ...] = ()
+    programs: int = 0
     scales: bool = True
     soft_cap: float = 0.0
     tile_rows: int = 0
@@ -71,6 +74,7 @@ class _Problem:
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     first_rows: list[int]
+    num_slots: int
 
 
 def interpreter_pool() -> ProcessPoolExecutor:
@@ -85,13 +89,14 @@ def run_case(case: Case, device: str = "cpu") -> None:
     problem = _build(case)
     arguments = problem.arguments if device == "cpu" else _on_device(problem.arguments, device)
     triangle_prefill(**arguments)
+    assert problem.num_slots > 0 or not case.programs, "the case was to split keys"
     out = arguments["out"].cpu()
     covered = torch.zeros(out.shape[0], dtype=torch.bool)
     for index, (position, rows) in enumerate(case.spans):
         span = slice(problem.first_rows[index], problem.first_rows[index] + rows)
         covered[span] = True
         truth = _attention(case, problem, index, torch.float64)
-        plain = _attention(case, problem, index, _compute_dtype(case)).to(out.dtype)
+        plain = _attention(case, problem, index, out.dtype)
         assert_within_budget(out[span], truth, plain, what=f"{rows} rows at {position}")
     assert out[~covered].isnan().all(), "rows outside the spans were written"
 
@@ -109,7 +114,7 @@ def error_of(case: Case, overrides: dict) -> str:
 
 def tile_rows(num_heads: int, num_kv_heads: int, head_size: int, dtype_size: int) -> int:
     """The kernel's default tile; call it in the pool."""
-    from vllm_trimix.kernels.triton_triangle import tile_rows_for
+    from vllm_trimix.kernels.triton_configs import tile_rows_for
 
     return tile_rows_for(num_heads, num_kv_heads, head_size, dtype_size)
 
@@ -149,6 +154,9 @@ def _use_interpreter() -> None:
     plain_dot, plain_cast = builder.create_dot, builder.cast_impl
 
     def widen(handle):
+        if handle.dtype.scalar == tl.float8e4nv:
+            values = torch.from_numpy(np.ascontiguousarray(handle.data)).view(torch.float8_e4m3fn).float()
+            return interpreter.TensorHandle(values.numpy().reshape(handle.data.shape), tl.float32)
         if handle.dtype.scalar == tl.float16:
             return interpreter.TensorHandle(handle.data.astype(np.float32), tl.float32)
         if handle.dtype.scalar != tl.bfloat16:
@@ -169,15 +177,16 @@ def _use_interpreter() -> None:
     interpreter.GridExecutor._restore_args_dev = lambda *args: None
 
 
-def _compute_dtype(case: Case) -> torch.dtype:
+def _output_dtype(case: Case) -> torch.dtype:
     return torch.bfloat16 if case.q_dtype.startswith("float8") else getattr(torch, case.q_dtype)
 
 
-def _visible(case: Case, position: int, rows: int) -> torch.Tensor:
-    """The rule: [rows, seq_len] bool."""
+def _visible(case: Case, index: int) -> torch.Tensor:
+    """The rule of span ``index``: [rows, seq_len] bool."""
+    position, rows = case.spans[index]
     i = torch.arange(position, position + rows)[:, None]
     j = torch.arange(position + rows)[None, :]
-    return (j <= i) & ((j < case.n_init) | (i - j < case.n_local))
+    return (j <= i) & ((j < case.n_init) | (i - j < case.n_local) | (index in case.dense))
 
 
 def _strided(shape: tuple[int, ...], dtype: torch.dtype, *, huge: bool) -> torch.Tensor:
@@ -192,12 +201,14 @@ def _strided(shape: tuple[int, ...], dtype: torch.dtype, *, huge: bool) -> torch
 
 
 def _build(case: Case) -> _Problem:
-    from vllm_trimix.kernels.triton_triangle import tile_rows_for
+    from vllm_trimix.kernels.triton_configs import tile_rows_for
+    from vllm_trimix.kernels.triton_merge import Partials
+    from vllm_trimix.kernels.work_items import IDLE, cut_work, max_slots
 
     generator = torch.Generator().manual_seed(zlib.crc32(repr(case).encode()))
     q_dtype = getattr(torch, case.q_dtype)
     cache_dtype = getattr(torch, case.cache_dtype or case.q_dtype)
-    out_dtype = _compute_dtype(case)
+    out_dtype = _output_dtype(case)
     num_heads = case.num_kv_heads * case.group
 
     # Rows of other work surround the spans: their queries are finite, their outputs must stay NaN.
@@ -220,9 +231,6 @@ def _build(case: Case) -> _Problem:
     cache = _strided(shape, cache_dtype, huge=case.huge == "cache")
     cache = cache.permute(*(case.order.index(dim) for dim in "BHS"), 3)
     k_cache, v_cache = cache.split(case.head_size, dim=-1)
-    if case.own_values:
-        v_cache = _strided((case.num_kv_heads, num_blocks, case.block_size, case.head_size), cache_dtype, huge=False)
-        v_cache = v_cache.transpose(0, 1)
 
     # Requests sit in shuffled rows of the block table; pages are shuffled, and page 0 is nobody's.
     num_requests = len(case.spans)
@@ -231,9 +239,11 @@ def _build(case: Case) -> _Problem:
     free_pages = (1 + torch.randperm(num_blocks - 1, generator=generator)).tolist()
 
     step = case.tile_rows or tile_rows_for(num_heads, case.num_kv_heads, case.head_size, q_dtype.itemsize)
-    tiles = [(0, 0, 0, 0)]
+    spans: tuple[list[Span], list[Span]] = ([], [])
     all_keys, all_values = [], []
-    for (position, rows), first_row, table_row in zip(case.spans, first_rows, table_rows, strict=True):
+    for index, ((position, rows), first_row, table_row) in enumerate(
+        zip(case.spans, first_rows, table_rows, strict=True)
+    ):
         shape = (case.num_kv_heads, position + rows, case.head_size)
         keys = torch.randn(shape, generator=generator).to(cache_dtype)
         values = torch.randn(shape, generator=generator).to(cache_dtype)
@@ -241,15 +251,36 @@ def _build(case: Case) -> _Problem:
         all_values.append(values)
         q[first_row : first_row + rows] = torch.randn(rows, *q.shape[1:], generator=generator).to(q_dtype)
         # Only what some row sees is ever written; a page without any such key is not even in the table.
-        seen = _visible(case, position, rows).any(dim=0).nonzero().flatten()
+        seen = _visible(case, index).any(dim=0).nonzero().flatten()
         for block in (seen // case.block_size).unique().tolist():
             page_id = free_pages.pop()
             block_table[table_row, block] = page_id
             here = seen[seen // case.block_size == block]
             k_cache[page_id][:, here % case.block_size] = keys[:, here]
             v_cache[page_id][:, here % case.block_size] = values[:, here]
-        for start in range(0, rows, step):
-            tiles.append((table_row, first_row + start, min(step, rows - start), position + start))
+        spans[index in case.dense].append(Span(table_row, first_row, rows, position))
+    work = cut_work(
+        *spans,
+        tile_rows=step,
+        n_init=case.n_init,
+        n_local=case.n_local,
+        num_kv_heads=case.num_kv_heads,
+        target_programs=case.programs,
+    )
+    assert work.num_slots <= max_slots(case.num_kv_heads, case.programs)
+    partials = None
+    if case.programs:
+        partials = Partials.allocate(
+            max_slots(case.num_kv_heads, case.programs),
+            num_heads=num_heads,
+            num_kv_heads=case.num_kv_heads,
+            head_size=case.head_size,
+            tile_rows=step,
+            device=torch.device("cpu"),
+        )
+        # What the kernel doesn't write must not matter.
+        partials.values.fill_(math.nan)
+        partials.stats.fill_(math.nan)
 
     def scale(value: float, dtype: torch.dtype) -> torch.Tensor | None:
         return torch.tensor([value]) if case.scales and dtype.itemsize == 1 else None
@@ -259,7 +290,9 @@ def _build(case: Case) -> _Problem:
         "k_cache": k_cache,
         "v_cache": v_cache,
         "block_table": block_table,
-        "tiles": torch.tensor(tiles, dtype=torch.int32),
+        "items": torch.cat([torch.tensor([IDLE], dtype=torch.int32), torch.from_numpy(work.items)]),
+        "merges": torch.from_numpy(work.merges) if work.num_slots else None,
+        "partials": partials,
         "n_init": case.n_init,
         "n_local": case.n_local,
         "scale": case.head_size**-0.5,
@@ -270,7 +303,7 @@ def _build(case: Case) -> _Problem:
         "v_scale": scale(1.5, cache_dtype),
         "soft_cap": case.soft_cap,
     }
-    return _Problem(arguments, all_keys, all_values, first_rows)
+    return _Problem(arguments, all_keys, all_values, first_rows, work.num_slots)
 
 
 def _on_device(arguments: dict, device: str) -> dict:
@@ -278,6 +311,8 @@ def _on_device(arguments: dict, device: str) -> dict:
     storages: dict[int, torch.Tensor] = {}
     moved = dict(arguments)
     for name, tensor in arguments.items():
+        if name == "partials" and tensor is not None:
+            moved[name] = type(tensor)(tensor.values.to(device), tensor.stats.to(device))
         if not isinstance(tensor, torch.Tensor):
             continue
         storage = tensor.untyped_storage()
@@ -292,7 +327,7 @@ def _on_device(arguments: dict, device: str) -> dict:
 def _attention(case: Case, problem: _Problem, index: int, dtype: torch.dtype) -> torch.Tensor:
     """Span ``index`` by definition, every step in ``dtype``: [rows, num_heads, head_size]."""
     arguments = problem.arguments
-    position, rows = case.spans[index]
+    rows = case.spans[index][1]
     first_row = problem.first_rows[index]
 
     def dequantised(tensor: torch.Tensor, name: str) -> torch.Tensor:
@@ -305,5 +340,5 @@ def _attention(case: Case, problem: _Problem, index: int, dtype: torch.dtype) ->
     scores = (q @ keys.transpose(1, 2)) * arguments["scale"]
     if case.soft_cap > 0:
         scores = case.soft_cap * torch.tanh(scores / case.soft_cap)
-    scores = scores.masked_fill(~_visible(case, position, rows), -math.inf)
+    scores = scores.masked_fill(~_visible(case, index), -math.inf)
     return (torch.softmax(scores, dim=-1) @ values).transpose(0, 1)

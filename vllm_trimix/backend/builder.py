@@ -12,6 +12,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 
 from vllm_trimix.backend import announce, requests, settings
+from vllm_trimix.backend.prefill import TrianglePrefill, TritonPrefill
 from vllm_trimix.backend.upload import upload
 from vllm_trimix.plan import Plan, Span, build_plan
 
@@ -23,11 +24,11 @@ class StepPlan:
     """What a triangle layer needs for one step, shared by all of them.
 
     Attributes:
-        spans: Rows of the triangle kernel.
+        spans: Triangle rows.
         num_rows: How many they are.
         block_table: Page ids, [num_requests, max_blocks], int32, on the device.
-        tiles: The spans cut into the kernel's tiles, [num_tiles, 4] int32 on the device; None on CPUs.
-        tile_rows: Query rows of a tile.
+        prefill: What computes the triangle rows on CUDA; None on CPUs.
+        prefill_step: The step, as ``prefill.run`` takes it.
         dense_rows: Rows left to the dense backend: a slice when they are contiguous, else int64 indices; None if none.
         dense_metadata: The dense backend's metadata for those rows.
         stats: Counters of this engine.
@@ -36,8 +37,8 @@ class StepPlan:
     spans: list[Span]
     num_rows: int
     block_table: torch.Tensor
-    tiles: torch.Tensor | None
-    tile_rows: int
+    prefill: TrianglePrefill | None
+    prefill_step: Any
     dense_rows: slice | torch.Tensor | None
     dense_metadata: Any
     stats: Any
@@ -70,8 +71,17 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
         self._ubatching = bool(getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False))
         speculative = vllm_config.speculative_config
         self._decode_query_len = 1 + (getattr(speculative, "num_speculative_tokens", None) or 0)
-        # Layers of one group may differ in query heads.
-        self._tile_rows = min((impl.trimix_tile_rows() for impl in self._active), default=0)
+        self._prefill = self._make_prefill(device)
+
+    def _make_prefill(self, device: torch.device) -> TrianglePrefill | None:
+        if self.trimix_kernel == "torch_cpu" or not self._active:
+            return None
+        return TritonPrefill(
+            {impl.trimix_shape() for impl in self._active},
+            triangle=self.resolved.triangle,
+            dtype_size=self.vllm_config.model_config.dtype.itemsize,
+            device=device,
+        )
 
     def _bind_layers(self, layer_names: list[str]) -> list[Any]:
         """Tells each layer's implementation its global index; returns those that are ours."""
@@ -124,13 +134,14 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         metadata.trimix = None
         # For the kernel's warm-up, which runs on steps without a plan.
+        metadata.trimix_prefill = self._prefill
         metadata.trimix_block_table = common_attn_metadata.block_table_tensor
         step = requests.current()
         if step is not None and not self._wrapped:
             plan = self._plan(step, common_attn_metadata)
             if not step.planned:
                 self._count(step, plan)
-            if plan.triangle and self._active:
+            if (plan.triangle or plan.tails) and self._active:
                 metadata.trimix = self._step_plan(plan, step, common_attn_metadata)
         return metadata
 
@@ -150,6 +161,7 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
             rows,
             pattern=self.resolved.triangle,
             min_prompt_len=self.resolved.min_prompt_len,
+            max_tail_rows=0 if self._prefill is None else self._prefill.max_tail_rows,
             step_reason=self._step_reason(common),
         )
 
@@ -180,21 +192,22 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
 
     def _step_plan(self, plan: Plan, step: requests.Step, common: CommonAttentionMetadata) -> StepPlan:
         dense = _dense_batch(plan.dense) if plan.dense else None
-        needs_tiles = self.trimix_kernel != "torch_cpu"
-        arrays = [cut_tiles(plan.triangle, self._tile_rows)] if needs_tiles else []
+        arrays = [] if self._prefill is None else self._prefill.arrays(plan)
+        num_arrays = len(arrays)
         if dense is not None:
             arrays += [dense.starts, dense.indices, *([] if dense.rows is None else [dense.rows])]
         uploaded = upload(arrays, self.device)
-        tiles = uploaded.pop(0) if needs_tiles else None
-        dense_rows, dense_metadata = None, None
+        prefill_step, dense_rows, dense_metadata = None, None, None
+        if self._prefill is not None:
+            prefill_step = self._prefill.bind(uploaded[:num_arrays], common.block_table_tensor)
         if dense is not None:
-            dense_rows, dense_metadata = self._dense_remainder(dense, uploaded, common)
+            dense_rows, dense_metadata = self._dense_remainder(dense, uploaded[num_arrays:], common)
         return StepPlan(
             spans=plan.triangle,
-            num_rows=plan.rows["triangle"],
+            num_rows=plan.rows.get("triangle", 0),
             block_table=common.block_table_tensor,
-            tiles=tiles,
-            tile_rows=self._tile_rows,
+            prefill=self._prefill,
+            prefill_step=prefill_step,
             dense_rows=dense_rows,
             dense_metadata=dense_metadata,
             stats=step.stats,
@@ -308,16 +321,3 @@ def _scales_reason(layer: Any) -> str | None:
     """Why this layer's loaded fp8 scales keep it stock, or None."""
     scales = (getattr(layer, name, None) for name in ("_q_scale", "_k_scale", "_v_scale"))
     return "per_head_kv_scales" if any(scale is not None and scale.numel() != 1 for scale in scales) else None
-
-
-def cut_tiles(spans: list[Span], tile_rows: int) -> np.ndarray:
-    """Cuts spans into kernel tiles: [num_tiles, 4] int32 of (request, first row, rows, position of the first row)."""
-    table = np.array(spans, dtype=np.int32)
-    counts = -(-table[:, 2] // tile_rows)
-    tiles = np.repeat(table, counts, axis=0)
-    # Row offset of each tile within its span.
-    offsets = (np.arange(len(tiles), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts, counts)) * tile_rows
-    tiles[:, 1] += offsets
-    tiles[:, 3] += offsets
-    tiles[:, 2] = np.minimum(tile_rows, tiles[:, 2] - offsets)
-    return tiles

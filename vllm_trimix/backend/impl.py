@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from vllm.config import get_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl
 
 from vllm_trimix.backend import settings
 from vllm_trimix.backend.builder import StepPlan
 from vllm_trimix.backend.cpu_pages import probe_layouts
+from vllm_trimix.backend.prefill import LayerShape, Scales
 from vllm_trimix.kernels import torch_cpu
 
 # Attention passes these by position, in this order, to every implementation.
@@ -61,21 +61,15 @@ class TrimixImpl(AttentionImpl[Any]):
         self.trimix_active = False
         self.trimix_dense_reason = _dense_reason(given, self.trimix_kernel)
         self._triangle = settings.current().triangle
-        self._dtype_size = get_current_vllm_config().model_config.dtype.itemsize
         self._kv_cache_dtype = str(given.get("kv_cache_dtype", "auto"))
         self._soft_cap = float(given.get("logits_soft_cap") or 0.0)
         # The Triton kernel compiles at its first launch, which must not be a request's.
         self._cold = self.trimix_kernel == "triton"
         self._cpu_layouts: tuple[torch_cpu.PageLayout, torch_cpu.PageLayout] | None = None
 
-    def trimix_tile_rows(self) -> int:
-        """Query rows of one kernel tile; 0 where the kernel cuts its own."""
-        if self.trimix_kernel == "torch_cpu":
-            return 0
-        from vllm_trimix.kernels.triton_triangle import tile_rows_for
-
-        # Quantised queries are computed in 16 bits, whose largest tile is no smaller than the model dtype's.
-        return tile_rows_for(self.num_heads, self.num_kv_heads, self.head_size, self._dtype_size)
+    def trimix_shape(self) -> LayerShape:
+        """The layer's heads."""
+        return LayerShape(self.num_heads, self.num_kv_heads, self.head_size)
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """False: a split layer writes its output in two places."""
@@ -166,50 +160,30 @@ class TrimixImpl(AttentionImpl[Any]):
         self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, attn_metadata: Any, output: torch.Tensor
     ) -> None:
         """Compiles the kernel for this layer's own tensors in vLLM's warm-up, by one idle tile that writes nothing."""
-        block_table = getattr(attn_metadata, "trimix_block_table", None)
-        if block_table is None or kv_cache.numel() == 0 or output.shape != query.shape:
+        prefill = getattr(attn_metadata, "trimix_prefill", None)
+        if prefill is None or kv_cache.numel() == 0 or output.shape != query.shape:
             return
         if query.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         self._cold = False
-        idle = StepPlan(
-            spans=[],
-            num_rows=0,
-            block_table=block_table,
-            tiles=torch.zeros(1, 4, dtype=torch.int32, device=query.device),
-            tile_rows=self.trimix_tile_rows(),
-            dense_rows=None,
-            dense_metadata=None,
-            stats=None,
-        )
-        self._forward_triton(layer, query, kv_cache, idle, output)
+        self._run_triton(layer, query, kv_cache, prefill, prefill.idle(attn_metadata.trimix_block_table), output)
 
     def _forward_triton(
         self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, step: StepPlan, output: torch.Tensor
     ) -> None:
-        from vllm_trimix.kernels import triton_triangle
+        self._run_triton(layer, query, kv_cache, step.prefill, step.prefill_step, output)
 
+    def _run_triton(
+        self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, prefill: Any, step: Any, output: torch.Tensor
+    ) -> None:
         fp8 = _FP8_VIEWS.get(self._kv_cache_dtype)
-        if fp8 is not None and kv_cache.dtype != fp8:
-            kv_cache = kv_cache.view(fp8)
+        scales = Scales()
+        if fp8 is not None:
+            if kv_cache.dtype != fp8:
+                kv_cache = kv_cache.view(fp8)
+            scales = Scales(layer._q_scale if query.dtype == fp8 else None, layer._k_scale, layer._v_scale)
         k_cache, v_cache = kv_cache.split(self.head_size, dim=-1)
-        assert step.tiles is not None
-        triton_triangle.triangle_prefill(
-            query,
-            k_cache,
-            v_cache,
-            step.block_table,
-            step.tiles,
-            n_init=self._triangle.n_init,
-            n_local=self._triangle.n_local,
-            scale=self.scale,
-            out=output,
-            tile_rows=step.tile_rows,
-            q_scale=layer._q_scale if fp8 is not None and query.dtype == fp8 else None,
-            k_scale=layer._k_scale if fp8 is not None else None,
-            v_scale=layer._v_scale if fp8 is not None else None,
-            soft_cap=self._soft_cap,
-        )
+        prefill.run(step, query, k_cache, v_cache, scale=self.scale, soft_cap=self._soft_cap, scales=scales, out=output)
 
 
 def _dense_reason(given: dict[str, Any], kernel: str) -> str | None:

@@ -13,7 +13,7 @@ from vllm_trimix.backend.registration import NAME, register_trimix
 from vllm_trimix.config import Resolved
 from vllm_trimix.kernels.reference import gather_pages, masked_attention
 from vllm_trimix.patterns.triangle import Triangle
-from vllm_trimix.plan import Span
+from vllm_trimix.plan import Plan, Span
 
 
 def registered_on() -> str:
@@ -117,22 +117,13 @@ def _run_triton(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    from vllm_trimix.backend.builder import cut_tiles
-    from vllm_trimix.kernels.triton_triangle import tile_rows_for, triangle_prefill
+    from vllm_trimix.backend.prefill import LayerShape, Scales, TritonPrefill
 
-    tile_rows = tile_rows_for(q.shape[1], k.shape[1], q.shape[2], q.element_size())
-    triangle_prefill(
-        q,
-        k,
-        v,
-        block_table,
-        torch.from_numpy(cut_tiles(spans, tile_rows)).to(q.device),
-        n_init=pattern.n_init,
-        n_local=pattern.n_local,
-        scale=scale,
-        out=out,
-        tile_rows=tile_rows,
-    )
+    shape = LayerShape(q.shape[1], k.shape[1], q.shape[2])
+    prefill = TritonPrefill({shape}, triangle=pattern, dtype_size=q.element_size(), device=q.device)
+    arrays = [torch.from_numpy(array).to(q.device) for array in prefill.arrays(Plan(triangle=spans))]
+    step = prefill.bind(arrays, block_table)
+    prefill.run(step, q, k, v, scale=scale, soft_cap=0.0, scales=Scales(), out=out)
 
 
 def resolved_for(model: str, raw: Any) -> tuple[Resolved, str]:

@@ -22,17 +22,34 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Ten
         device: Where to.
 
     Returns:
-        int32 tensors of the same shapes, views of one buffer, each aligned to 16 bytes.
+        int32 tensors of the same shapes; on a GPU views of one buffer, each aligned to 16 bytes.
     """
+    if device.type == "cpu":
+        return [torch.from_numpy(array.astype(np.int32, copy=False)) for array in arrays]
+    return _views(_stage(arrays, pin_memory=device.type == "cuda").to(device, non_blocking=True), arrays)
+
+
+def _stage(arrays: Sequence[np.ndarray], *, pin_memory: bool) -> torch.Tensor:
+    """The arrays one after the other in host memory."""
+    offsets, end = _offsets(arrays)
+    staging = torch.empty(end, dtype=torch.int32, pin_memory=pin_memory)
+    host = staging.numpy()
+    for array, offset in zip(arrays, offsets, strict=True):
+        host[offset : offset + array.size] = array.reshape(-1)
+    return staging
+
+
+def _views(buffer: torch.Tensor, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
+    offsets, _ = _offsets(arrays)
+    return [
+        buffer[offset : offset + array.size].view(array.shape) for array, offset in zip(arrays, offsets, strict=True)
+    ]
+
+
+def _offsets(arrays: Sequence[np.ndarray]) -> tuple[list[int], int]:
+    """Where each array starts, and the end."""
     offsets, end = [], 0
     for array in arrays:
         offsets.append(end)
         end += math.ceil(array.size / _ALIGNMENT) * _ALIGNMENT
-    staging = torch.empty(end, dtype=torch.int32, pin_memory=device.type == "cuda")
-    host = staging.numpy()
-    for array, offset in zip(arrays, offsets, strict=True):
-        host[offset : offset + array.size] = array.reshape(-1)
-    buffer = staging.to(device, non_blocking=True)
-    return [
-        buffer[offset : offset + array.size].view(array.shape) for array, offset in zip(arrays, offsets, strict=True)
-    ]
+    return offsets, end

@@ -1,4 +1,4 @@
-"""Compile the triangle kernel for CUDA targets without a GPU and report what each variant needs of the device.
+"""Compile the kernels for CUDA targets without a GPU and report what each variant needs of the device.
 
 ``python -m vllm_trimix.kernels.triton_compile`` prints a Markdown table; ``--json`` prints the same rows for tools.
 """
@@ -17,7 +17,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_trimix.kernels.triton_triangle import config_for, kernel_constants, tile_rows_for, triangle_prefill_kernel
+from vllm_trimix.kernels import triton_merge
+from vllm_trimix.kernels.triton_configs import config_for, padded_tile, tile_rows_for
+from vllm_trimix.kernels.triton_triangle import kernel_constants, triangle_prefill_kernel
 
 _TYPES = {
     torch.bfloat16: "bf16",
@@ -26,8 +28,9 @@ _TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
     torch.float8_e5m2: "fp8e5",
 }
-# The tensor-core instruction of each generation, oldest last.
+# The tensor-core instructions of each generation, oldest last.
 _MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
+_NUM_KV_HEADS = 8
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Variant:
         cache_dtype: KV-cache dtype, in Triton's spelling.
         group: Query heads per KV head.
         block_size: Tokens of a page.
+        n_init: Sink keys.
+        kernel: ``prefill``, or ``merge`` for the merge of partial results.
     """
 
     capability: int
@@ -49,6 +54,8 @@ class Variant:
     cache_dtype: str = "bf16"
     group: int = 4
     block_size: int = 16
+    n_init: int = 8
+    kernel: str = "prefill"
 
 
 @dataclass(frozen=True)
@@ -57,13 +64,17 @@ class Report:
 
     Attributes:
         variant: The variant.
-        tile: Launch shape, ``BLOCK_M x BLOCK_N, warps, stages``.
+        tile: Launch shape, ``BLOCK_M x BLOCK_N, warps, stages`` and whether it looks ahead.
         registers: Registers a thread.
         spill_bytes: Stack a thread, where spilled registers go.
         shared_bytes: Shared memory a thread block.
         matrix_instruction: Tensor-core instruction in use, "" for FMA.
         matrix_instructions: How often it occurs in the PTX.
         async_copies: Asynchronous copies in the PTX: the software pipeline is on.
+        loop_instructions: Machine instructions of the loop over the keys, masked steps included; 0 where it isn't one
+            block.
+        loop_waits: Waits for the tensor cores in that loop, on Hopper. The compiler waits after every instruction
+            ("serialises") when registers run short: many times the cost, with no spill to show for it.
         compile_s: Compile time in seconds.
     """
 
@@ -75,37 +86,48 @@ class Report:
     matrix_instruction: str
     matrix_instructions: int
     async_copies: int
+    loop_instructions: int
+    loop_waits: int
     compile_s: float
 
 
 def default_variants() -> list[Variant]:
-    """Data-centre GPUs x head sizes x (bf16, fp16, fp8 cache). Compute capability 8.0 has no e4m3, so e5m2 there."""
+    """Data-centre GPUs x head sizes x (bf16, fp16, fp8 cache, fp8 queries and cache), and the merge.
+
+    Compute capability 8.0 has no e4m3, so e5m2 there, and no fp8 queries.
+    """
     variants = []
     for capability in (80, 90, 100):
         fp8 = "fp8e4nv" if capability >= 89 else "fp8e5"
+        pairs = [("bf16", "bf16"), ("fp16", "fp16"), ("bf16", fp8), ("fp8e4nv", "fp8e4nv")]
         for head_size in (64, 96, 128, 256):
-            for q_dtype, cache_dtype in (("bf16", "bf16"), ("fp16", "fp16"), ("bf16", fp8)):
+            for q_dtype, cache_dtype in pairs if capability >= 89 else pairs[:3]:
                 variants.append(Variant(capability, head_size, q_dtype, cache_dtype))
+        variants.append(Variant(capability, 128, kernel="merge"))
     return variants
 
 
 def compile_variant(variant: Variant) -> Report:
     """Compiles one variant to a cubin with the default launch shape and reads its resources back."""
-    compiled, seconds = _compile(variant)
+    start = time.perf_counter()
+    compiled = _compile_prefill(variant) if variant.kernel == "prefill" else _compile_merge(variant)
+    seconds = time.perf_counter() - start
     ptx = compiled.asm["ptx"]
     counts = {name: len(re.findall(rf"^\s*(?:@\S+ )?{re.escape(name)}\b", ptx, re.M)) for name in _MATRIX_INSTRUCTIONS}
     instruction = next((name for name in _MATRIX_INSTRUCTIONS if counts[name]), "")
-    usage = _resource_usage(compiled.asm["cubin"])
-    config = config_for(variant.head_size, _torch_dtype(variant.q_dtype).itemsize, variant.capability)
+    usage, loop = _inspect(compiled.asm["cubin"])
     return Report(
         variant=variant,
-        tile=f"{config.block_m}x{config.block_n}, {config.num_warps}w, {config.num_stages}s",
+        tile=_tile(variant),
         registers=usage["REG"],
         spill_bytes=usage["STACK"] + usage["LOCAL"],
         shared_bytes=compiled.metadata.shared,
         matrix_instruction=instruction,
         matrix_instructions=counts.get(instruction, 0),
         async_copies=len(re.findall(r"^\s*(?:@\S+ )?cp\.async\.(?:cg|ca)\.", ptx, re.M)),
+        # Blackwell's asynchronous loop is several blocks.
+        loop_instructions=0 if instruction == "tcgen05.mma" else len(loop),
+        loop_waits=sum("WARPGROUP.DEPBAR" in line for line in loop),
         compile_s=round(seconds, 1),
     )
 
@@ -113,15 +135,17 @@ def compile_variant(variant: Variant) -> Report:
 def markdown(reports: list[Report]) -> str:
     """The reports as a Markdown table."""
     lines = [
-        "| target | head size | query / cache | tile | registers | spills (B) | shared (KiB) | matrix instructions |",
-        "|---|---|---|---|---|---|---|---|",
+        "| target | kernel | head size | query / cache | tile | registers | spills (B) | shared (KiB) "
+        "| matrix instructions | instructions, waits in the loop |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for report in reports:
         v = report.variant
         matrix = f"{report.matrix_instructions} {report.matrix_instruction}" if report.matrix_instruction else "none"
+        loop = f"{report.loop_instructions}, {report.loop_waits}" if report.loop_instructions else "-"
         lines.append(
-            f"| sm_{v.capability} | {v.head_size} | {v.q_dtype} / {v.cache_dtype} | {report.tile} | {report.registers} "
-            f"| {report.spill_bytes} | {report.shared_bytes / 1024:.1f} | {matrix} |"
+            f"| sm_{v.capability} | {v.kernel} | {v.head_size} | {v.q_dtype} / {v.cache_dtype} | {report.tile} "
+            f"| {report.registers} | {report.spill_bytes} | {report.shared_bytes / 1024:.1f} | {matrix} | {loop} |"
         )
     return "\n".join(lines)
 
@@ -130,71 +154,128 @@ def _torch_dtype(name: str) -> torch.dtype:
     return next(dtype for dtype, spelling in _TYPES.items() if spelling == name)
 
 
-def _compile(variant: Variant) -> tuple[triton.compiler.CompiledKernel, float]:
-    q_dtype = _torch_dtype(variant.q_dtype)
-    fp8_cache = variant.cache_dtype.startswith("fp8")
-    scaled = {
-        "q_scale_ptr": variant.q_dtype.startswith("fp8"),
-        "k_scale_ptr": fp8_cache,
-        "v_scale_ptr": fp8_cache,
-    }
-    config = config_for(variant.head_size, q_dtype.itemsize, variant.capability)
+def _tile(variant: Variant) -> str:
+    if variant.kernel == "merge":
+        return f"{triton_merge.BLOCK_ROWS} rows, {triton_merge.NUM_WARPS}w"
+    q_size, cache_size = (_torch_dtype(name).itemsize for name in (variant.q_dtype, variant.cache_dtype))
+    config = config_for(variant.head_size, q_size, cache_size, variant.capability)
+    ahead = ", ahead" if config.lookahead else ""
+    return f"{config.block_m}x{config.block_n}, {config.num_warps}w, {config.num_stages}s{ahead}"
+
+
+def _compile_prefill(variant: Variant) -> triton.compiler.CompiledKernel:
+    q_dtype, cache_dtype = _torch_dtype(variant.q_dtype), _torch_dtype(variant.cache_dtype)
+    config = config_for(variant.head_size, q_dtype.itemsize, cache_dtype.itemsize, variant.capability)
+    has_q_scale, has_kv_scale = q_dtype.itemsize == 1, cache_dtype.itemsize == 1
+    row = 2 * variant.head_size
     constants = kernel_constants(
         config,
         q_dtype=q_dtype,
-        group=variant.group,
-        block_size=variant.block_size,
+        cache_dtype=cache_dtype,
+        num_heads=_NUM_KV_HEADS * variant.group,
+        num_kv_heads=_NUM_KV_HEADS,
         head_size=variant.head_size,
-        tile_rows=tile_rows_for(variant.group, 1, variant.head_size, q_dtype.itemsize),
-        has_q_scale=scaled["q_scale_ptr"],
-        has_k_scale=scaled["k_scale_ptr"],
-        has_v_scale=scaled["v_scale_ptr"],
+        block_size=variant.block_size,
+        # vLLM's default order: blocks, heads, tokens, keys beside values.
+        cache_stride=(_NUM_KV_HEADS * variant.block_size * row, variant.block_size * row, row),
+        tile_rows=tile_rows_for(variant.group, 1, variant.head_size, q_dtype.itemsize, variant.capability),
+        n_init=variant.n_init,
+        has_q_scale=has_q_scale,
+        has_k_scale=has_kv_scale,
+        has_v_scale=has_kv_scale,
     )
-    constants |= {name: None for name, present in scaled.items() if not present}
-    output = "bf16" if variant.q_dtype.startswith("fp8") else variant.q_dtype
+    scales = {"q_scale_ptr": has_q_scale, "k_scale_ptr": has_kv_scale, "v_scale_ptr": has_kv_scale}
     types = {
         "q_ptr": f"*{variant.q_dtype}",
         "k_ptr": f"*{variant.cache_dtype}",
         "v_ptr": f"*{variant.cache_dtype}",
-        "out_ptr": f"*{output}",
+        "out_ptr": "*bf16" if has_q_scale else f"*{variant.q_dtype}",
+        "partial_ptr": "*fp32",
+        "partial_stats_ptr": "*fp32",
         "block_table_ptr": "*i32",
-        "tiles_ptr": "*i32",
+        "items_ptr": "*i32",
         "scale": "fp32",
         "soft_cap": "fp32",
-        **{name: "*fp32" for name, present in scaled.items() if present},
+        **dict.fromkeys(scales, "*fp32"),
     }
-    signature, attributes = {}, {}
-    for index, name in enumerate(triangle_prefill_kernel.arg_names):
-        signature[name] = "constexpr" if name in constants else types.get(name, "i32")
-        # What a launch finds: aligned pointers, strides that are multiples of 16, n_local 512. Not so: n_init 8, and
-        # the strides of tiles and of the block table.
-        aligned = name.endswith("_ptr") or name.startswith("stride_") or name == "n_local"
-        if name not in constants and aligned and name not in ("stride_tile", "stride_table"):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    start = time.perf_counter()
-    compiled = triton.compile(
-        ASTSource(triangle_prefill_kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", variant.capability, 32),
-        options=options,
+    constants |= {name: None for name, present in scales.items() if not present}
+    return _compile(
+        triangle_prefill_kernel,
+        types,
+        constants,
+        variant.capability,
+        {"num_warps": config.num_warps, "num_stages": config.num_stages},
     )
-    return compiled, time.perf_counter() - start
 
 
-def _resource_usage(cubin: bytes) -> dict[str, int]:
-    """Counters of ``cuobjdump -res-usage``, the tool that comes with Triton."""
+def _compile_merge(variant: Variant) -> triton.compiler.CompiledKernel:
+    rows = tile_rows_for(variant.group, 1, variant.head_size, 2, variant.capability)
+    tile = padded_tile(rows, variant.group, variant.head_size)
+    partials = triton_merge.Partials(torch.empty(1, *tile, device="meta"), torch.empty(1, 2, tile[0], device="meta"))
+    constants = triton_merge.merge_constants(
+        partials,
+        num_heads=_NUM_KV_HEADS * variant.group,
+        num_kv_heads=_NUM_KV_HEADS,
+        head_size=variant.head_size,
+        has_v_scale=False,
+    )
+    types = {
+        "partial_ptr": "*fp32",
+        "partial_stats_ptr": "*fp32",
+        "merges_ptr": "*i32",
+        "out_ptr": f"*{variant.q_dtype}",
+    }
+    kernel = triton_merge.merge_partials_kernel
+    constants |= {"v_scale_ptr": None}
+    return _compile(kernel, types, constants, variant.capability, {"num_warps": triton_merge.NUM_WARPS})
+
+
+def _compile(
+    kernel: triton.JITFunction, types: dict[str, str], constants: dict[str, object], capability: int, options: dict
+) -> triton.compiler.CompiledKernel:
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else types.get(name, "i32")
+        # What a launch finds: aligned pointers, strides that are multiples of 16, n_local 512; but not the block
+        # table's stride.
+        aligned = name.endswith("_ptr") or name.startswith("stride_") or name == "n_local"
+        if name not in constants and aligned and name != "stride_table":
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options={**options, "enable_fp_fusion": True},
+    )
+
+
+def _inspect(cubin: bytes) -> tuple[dict[str, int], list[str]]:
+    """Resource counters, and the instructions of the longest loop, by the tool that comes with Triton."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    line = text[text.index("triangle_prefill_kernel") :]
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", line)}
+
+        def dump(what: str) -> str:
+            command = [triton.knobs.nvidia.cuobjdump.path, what, str(path)]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+        usage, machine_code = dump("-res-usage"), dump("-sass")
+    counters = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", machine_code)]
+    longest: list[str] = []
+    for end, text in lines:
+        jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        # A jump to itself pads the end of the code.
+        if jump and int(jump[1], 16) < end:
+            body = [other for at, other in lines if int(jump[1], 16) <= at <= end]
+            longest = max(longest, body, key=len)
+    return counters, longest
 
 
 def _parse_variant(argument: str) -> Variant:
     capability, head_size, q_dtype, cache_dtype, *rest = argument.split(",")
-    return Variant(int(capability), int(head_size), q_dtype, cache_dtype, *map(int, rest))
+    kernel = "merge" if rest[-1:] == ["merge"] else "prefill"
+    numbers = dict(zip(("group", "block_size", "n_init"), (int(n) for n in rest if n != kernel), strict=False))
+    return Variant(int(capability), int(head_size), q_dtype, cache_dtype, **numbers, kernel=kernel)
 
 
 def main() -> None:
@@ -204,7 +285,7 @@ def main() -> None:
         "variants",
         nargs="*",
         type=_parse_variant,
-        metavar="CAPABILITY,HEAD_SIZE,QUERY,CACHE[,GROUP[,BLOCK_SIZE]]",
+        metavar="CAPABILITY,HEAD_SIZE,QUERY,CACHE[,GROUP[,BLOCK_SIZE[,N_INIT]]][,merge]",
         help="variants to compile instead of the default ones, e.g. 90,128,bf16,bf16",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line, as each variant is done")

@@ -1,0 +1,128 @@
+"""Launch shapes of the Triton kernel: one small table, keyed by head size, element size and GPU generation.
+
+Nothing is tuned at run time, and no length is a key. What each entry costs in registers, shared memory and instructions
+is in ``docs/kernels.md``, from ``python -m vllm_trimix.kernels.triton_compile``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+MAX_HEAD_SIZE = 256
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Launch shape of one kernel variant.
+
+    Attributes:
+        block_m: Query rows of a tile, tokens times the GQA group.
+        block_n: Keys per step.
+        num_warps: Warps per program.
+        num_stages: Depth of the software pipeline over the keys.
+        lookahead: Whether a step's scores are computed one step ahead, so that the tensor cores work on them while the
+            softmax of the step before runs. Costs registers; only asynchronous tensor cores gain.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    lookahead: bool = False
+
+
+# (padded head size, bytes of the compute dtype) -> launch shape. fp32 runs on FMA units: small tiles, no tensor cores.
+# Hopper, head size 64: 128 registers, so that two programs share a multiprocessor and one multiplies while the other
+# is in its softmax; from 128 the accumulators leave no room for two, and one program looks ahead instead.
+_HOPPER = {
+    (64, 2): TileConfig(block_m=128, block_n=64, num_warps=8, num_stages=2),
+    (128, 2): TileConfig(block_m=128, block_n=64, num_warps=8, num_stages=2, lookahead=True),
+    (256, 2): TileConfig(block_m=128, block_n=32, num_warps=8, num_stages=2, lookahead=True),
+    (64, 4): TileConfig(block_m=32, block_n=32, num_warps=4, num_stages=2),
+    (128, 4): TileConfig(block_m=32, block_n=32, num_warps=8, num_stages=2),
+    (256, 4): TileConfig(block_m=16, block_n=16, num_warps=8, num_stages=2),
+}
+_BLACKWELL = _HOPPER | {
+    (64, 2): TileConfig(block_m=128, block_n=64, num_warps=8, num_stages=2, lookahead=True),
+    (128, 2): TileConfig(block_m=128, block_n=64, num_warps=8, num_stages=2),
+    (256, 2): TileConfig(block_m=64, block_n=32, num_warps=8, num_stages=2),
+}
+# The matrix operands live in registers before Hopper and on compute capability 12.0, and 8.6, 8.9 and 12.0 have 99 KiB
+# of shared memory.
+_SYNCHRONOUS = _BLACKWELL | {
+    (64, 2): TileConfig(block_m=128, block_n=64, num_warps=8, num_stages=2),
+    (128, 2): TileConfig(block_m=128, block_n=32, num_warps=8, num_stages=2),
+}
+
+
+def config_for(head_size: int, dtype_size: int, cache_size: int, capability: int = 90) -> TileConfig:
+    """Launch shape for a head size, element sizes and a GPU; ``block_m`` doesn't depend on the cache's.
+
+    Args:
+        head_size: True head size, a multiple of 16 up to 256.
+        dtype_size: Bytes of one query element: 1 (fp8), 2 or 4.
+        cache_size: Bytes of one cache element.
+        capability: Compute capability times ten.
+
+    Raises:
+        ValueError: The head size or element size isn't supported.
+    """
+    if head_size % 16 != 0 or not 16 <= head_size <= MAX_HEAD_SIZE:
+        raise ValueError(f"head_size {head_size} is not a multiple of 16 between 16 and {MAX_HEAD_SIZE}")
+    if dtype_size not in (1, 2, 4):
+        raise ValueError(f"query elements of {dtype_size} bytes are not supported; expected 1 (fp8), 2 or 4")
+    padded = 64 if head_size <= 64 else 128 if head_size <= 128 else 256
+    table = _HOPPER if 90 <= capability < 100 else _BLACKWELL if 100 <= capability < 120 else _SYNCHRONOUS
+    config = table[padded, max(2, dtype_size)]
+    if padded == 256 and cache_size < dtype_size:
+        # The widened keys and values take the registers that looking ahead needs.
+        config = replace(config, lookahead=False)
+    return config
+
+
+def tile_rows_for(num_heads: int, num_kv_heads: int, head_size: int, dtype_size: int, capability: int = 90) -> int:
+    """Query tokens of a full tile; never a function of any length.
+
+    Args:
+        num_heads: Query heads on this device.
+        num_kv_heads: KV heads on this device.
+        head_size: True head size.
+        dtype_size: Bytes of one query element.
+        capability: Compute capability times ten.
+
+    Raises:
+        ValueError: The heads don't divide, or the head size or element size isn't supported.
+    """
+    group = group_size(num_heads, num_kv_heads)
+    return max(1, config_for(head_size, dtype_size, dtype_size, capability).block_m // group)
+
+
+def group_size(num_heads: int, num_kv_heads: int) -> int:
+    """Query heads of each KV head.
+
+    Raises:
+        ValueError: The heads don't divide.
+    """
+    if num_kv_heads < 1 or num_heads % num_kv_heads != 0:
+        raise ValueError(f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv_heads}")
+    return num_heads // num_kv_heads
+
+
+def padded_tile(tile_rows: int, group: int, head_size: int) -> tuple[int, int]:
+    """Rows and columns of a tile in the kernel: powers of two, at least 16."""
+    return max(16, _power_of_two(tile_rows * group)), max(16, _power_of_two(head_size))
+
+
+def capability_of(device: torch.device) -> int:
+    """Compute capability times ten; off CUDA, where only Triton's interpreter runs, that of Hopper."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest that isn't below ``number``."""
+    return 1 << (number - 1).bit_length()
