@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import tests.backend.cuda_on_cpu as hardware
-
-DENSE = ("FLASH_ATTN", "TRITON_ATTN")
+from tests.backend.report import DENSE, STOCK_TAILS
 
 
 def main() -> None:
@@ -43,7 +42,10 @@ class EngineFactory:
     """Makes engines; configurations are made once per kind."""
 
     def __init__(self, model_runner: Any, folder: Path) -> None:
+        from vllm_trimix.backend.prefill import TritonPrefill
+
         self.model_runner, self.folder = model_runner, folder
+        self.max_tail_rows = TritonPrefill.max_tail_rows
         self.configs: dict[tuple[int, int], Any] = {}
 
     def __call__(
@@ -60,7 +62,10 @@ class EngineFactory:
 
         from tests.backend.v2_engine import Engine
         from tests.backend.v2_runner import make_config
+        from vllm_trimix.backend.prefill import TritonPrefill
 
+        TritonPrefill.max_tail_rows = 0 if dense.endswith(STOCK_TAILS) else self.max_tail_rows
+        dense = dense.removesuffix(STOCK_TAILS)
         key = (group, num_speculative_tokens)
         if key not in self.configs:
             self.configs[key] = make_config(
@@ -114,11 +119,12 @@ def facts(make: Callable[..., Any]) -> dict[str, Any]:
     from vllm_trimix.backend import requests
 
     engine = make(full_graphs=True)
+    engine.add("dense", 20, stamp="opt_out")
     backend, builder_cls = engine.backend, engine.backend.get_builder_cls()
     builder = engine.runner.attn_groups[0][0].get_metadata_builder(0)
     config, spec = engine.config, builder.kv_cache_spec
     engine.add("a", 70)
-    engine.step({"a": 70})
+    engine.step({"a": 70, "dense": 20})
     step = requests._steps[engine.runner]
     common = engine.last_common
     saved, requests._current = requests._current, step

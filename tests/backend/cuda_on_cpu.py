@@ -19,6 +19,7 @@ import torch
 import vllm.platforms
 from vllm.platforms.cpu import CpuPlatform
 
+from vllm_trimix.kernels import work_items
 from vllm_trimix.kernels.reference import gather_pages, masked_attention
 
 faults: list[str] = []
@@ -32,6 +33,8 @@ def use_cpu() -> None:
     # vLLM turns Triton off in CPU builds; the interpreter needs no device.
     vllm.platforms.vllm_version_matches_substr = lambda _: False
     CpuPlatform.get_global_graph_pool = lambda self: None
+    # Prompts of these tests are short; their last rows' keys are to be split too.
+    work_items._MIN_SPLIT_KEYS, work_items._SPLIT_ALIGNMENT = 16, 16
     from vllm.v1.attention.backends import fa_utils
 
     # Hopper: FlashAttention 3 schedules ahead of time, into a buffer that its metadata builder keeps.

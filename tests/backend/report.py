@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-DENSE = ("FLASH_ATTN", "TRITON_ATTN")
+# With this suffix the last rows of a prompt go to the dense kernel instead of ours.
+STOCK_TAILS = "-stock_tails"
+DENSE = ("FLASH_ATTN", "TRITON_ATTN", f"FLASH_ATTN{STOCK_TAILS}")
 FLOAT32_EPS = 2.0**-23
 
 
