@@ -35,7 +35,7 @@ _COPY_KINDS = ("gpu_memcpy", "gpu_memset")
 _LINEAR_OP = re.compile(r"[:_](?:b|add|baddb)?mm(?:_|$)|linear(?!_att)|gemm|matmul|fused_experts")
 # In this order: FlashAttention's kernels for Hopper carry "cutlass" in their names.
 _KERNEL_NAMES = (
-    (re.compile(r"triangle_prefill"), "triangle body"),
+    (re.compile(r"triangle_prefill|merge_partials"), "triangle body"),
     (re.compile(r"flash|fmha|unified_attention|paged_attention|PrefillWith|DecodeWith", re.I), "dense attention"),
     (re.compile(r"nvjet|gemm|gemv|cutlass|xmma|cublas|splitKreduce|marlin|machete|fused_moe", re.I), "linear"),
 )

@@ -20,6 +20,7 @@ from benchmarks.kernels import cuda_unpaged_contenders as cuda_unpaged
 from benchmarks.kernels import flex
 from benchmarks.kernels.problem import Problem, Settings
 from vllm_trimix.backend.prefill import TrianglePrefill, TritonPrefill
+from vllm_trimix.kernels.triton_configs import TileConfig
 
 
 class Prepared(Protocol):
@@ -79,14 +80,20 @@ def _flash_attention(version: int) -> Contender:
     )
 
 
-def _trimix(about: str, prefill: type[TrianglePrefill], *, max_tail_rows: int | None = None) -> Contender:
+def _trimix(
+    about: str,
+    prefill: type[TrianglePrefill],
+    *,
+    max_tail_rows: int | None = None,
+    tile: TileConfig | None = None,
+) -> Contender:
     return Contender(
         about=f"ours: {about}",
         pattern="triangle",
         paged=True,
         devices=("cuda",),
-        prepare=functools.partial(cuda.Trimix, prefill=prefill, max_tail_rows=max_tail_rows),
-        missing=cuda.triton_missing,
+        prepare=functools.partial(cuda.Trimix, prefill=prefill, max_tail_rows=max_tail_rows, tile=tile),
+        missing=cuda.triton_missing if tile is None else cuda.tile_missing,
         fp8_products=True,
     )
 
@@ -180,6 +187,18 @@ CONTENDERS: dict[str, Contender] = {
     "trimix_triton_stock_tail": _trimix(
         "the Triton kernel, last rows by vLLM's FlashAttention", TritonPrefill, max_tail_rows=0
     ),
+}
+
+
+# Other launch shapes for 16-bit models of head size 96 and 128 on Hopper: what the table's entry must beat.
+CONTENDERS |= {
+    f"trimix_triton_{name}": _trimix(f"the Triton kernel, {about}", TritonPrefill, tile=tile)
+    for name, about, tile in (
+        ("deep", "pipeline of three stages", TileConfig(128, 64, num_warps=8, num_stages=3, lookahead=True)),
+        ("no_lookahead", "without lookahead", TileConfig(128, 64, num_warps=8, num_stages=2)),
+        ("narrow", "steps of 32 keys", TileConfig(128, 32, num_warps=8, num_stages=3, lookahead=True)),
+        ("wide", "steps of 128 keys, without lookahead", TileConfig(128, 128, num_warps=8, num_stages=2)),
+    )
 }
 
 

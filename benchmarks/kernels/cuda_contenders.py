@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from typing import Any
+from unittest import mock
 
 import torch
 
 from benchmarks.kernels.problem import FP8, Problem, Settings, plan_steps
 from vllm_trimix.backend.prefill import LayerShape, Scales, TrianglePrefill
 from vllm_trimix.backend.upload import upload
+from vllm_trimix.kernels.triton_configs import TileConfig
 
 
 def package_missing(settings: Settings, *, package: str) -> str | None:
@@ -175,11 +178,37 @@ class FlashInfer:
         return self._out
 
 
+def tile_missing(settings: Settings) -> str | None:
+    """Other launch shapes are for one entry of the table."""
+    if not 64 < settings.head_size <= 128 or settings.dtype.itemsize != 2 or settings.fp8:
+        return "a launch shape for 16-bit caches and head sizes 96 to 128"
+    if torch.cuda.get_device_capability(settings.device)[0] != 9:
+        return "a launch shape for Hopper"
+    return triton_missing(settings)
+
+
+def launch_shape(tile: TileConfig | None) -> Any:
+    """The kernel's launch shape while the context lasts, instead of its table's; ``block_m`` must stay the table's."""
+    from vllm_trimix.kernels import triton_triangle
+
+    if tile is None:
+        return contextlib.nullcontext()
+    return mock.patch.object(triton_triangle, "config_for", return_value=tile)
+
+
 class Trimix:
     """Triangle, as the backend runs a layer: the way of prefill takes its share of the plan, vLLM's kernel the rest."""
 
-    def __init__(self, problem: Problem, *, prefill: type[TrianglePrefill], max_tail_rows: int | None = None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        prefill: type[TrianglePrefill],
+        max_tail_rows: int | None = None,
+        tile: TileConfig | None = None,
+    ) -> None:
         settings = problem.settings
+        self._tile = tile
         self._problem = problem
         self._version = flash_attention_version(settings)
         self._prefill: Any = prefill(
@@ -221,18 +250,19 @@ class Trimix:
     def run(self) -> list[torch.Tensor]:
         scale = self._problem.settings.scale
         chunks = zip(self._problem.chunks, self._out, self._steps, self._dense, strict=True)
-        for (start, end), out, step, dense in chunks:
-            for rows in dense:
-                rows.run()
-            if step is not None:
-                self._prefill.run(
-                    step,
-                    self._q[start:end],
-                    self._k,
-                    self._v,
-                    scale=scale,
-                    soft_cap=0.0,
-                    scales=self._scales,
-                    out=out,
-                )
+        with launch_shape(self._tile):
+            for (start, end), out, step, dense in chunks:
+                for rows in dense:
+                    rows.run()
+                if step is not None:
+                    self._prefill.run(
+                        step,
+                        self._q[start:end],
+                        self._k,
+                        self._v,
+                        scale=scale,
+                        soft_cap=0.0,
+                        scales=self._scales,
+                        out=out,
+                    )
         return self._out

@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
-import zipfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.backend.report import ROOT, Child
+from tests.wheels import fetch
 
 NEXT_VLLM = "0.33.0"
 NEXT_SOURCE = ROOT / "build" / "vllm-0.33-src"
 
 
-def fetch_source(version: str, folder: Path) -> str | None:
-    """Puts the Python source of a vLLM release into ``folder``, once: its CUDA wheel without the compiled code.
-
-    Returns:
-        Why there is none, or None.
-    """
-    if folder.exists():
-        return None
-    wheels, part = folder.with_suffix(".wheel"), folder.with_suffix(".part")
-    for leftover in (wheels, part):
-        shutil.rmtree(leftover, ignore_errors=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    try:
-        subprocess.run(
-            [*command, f"vllm=={version}", "-d", str(wheels)], check=True, timeout=600, capture_output=True, text=True
-        )
-        with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
-            wheel.extractall(part, [name for name in wheel.namelist() if name.endswith((".py", ".json", "/METADATA"))])
-        part.rename(folder)
-    except subprocess.CalledProcessError as error:
-        return f"vLLM {version} can't be downloaded: {error.stderr.strip()[-300:]}"
-    except (subprocess.TimeoutExpired, OSError, StopIteration, zipfile.BadZipFile) as error:
-        return f"vLLM {version} can't be downloaded: {error!r}"
-    finally:
-        shutil.rmtree(wheels, ignore_errors=True)
-    return None
+def _is_source(name: str) -> bool:
+    return name.endswith((".py", ".json", "/METADATA"))
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +25,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Any:
     pytest.importorskip("triton", reason="the kernels run in Triton's interpreter (Linux)")
     folder = tmp_path_factory.mktemp("composition")
     children: dict[str, Child] = {"installed": Child(folder / "installed.json", source=None)}
-    missing = fetch_source(NEXT_VLLM, NEXT_SOURCE)
+    missing = fetch(f"vllm=={NEXT_VLLM}", NEXT_SOURCE, wanted=_is_source)
     if missing is None:
         children["0.33"] = Child(folder / "next.json", source=NEXT_SOURCE)
     found: dict[str, dict[str, Any]] = {}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.kernels.prediction import DENSE_FLOP_S, LENGTHS, MATMUL_FLOP_S, markdown, predict
 from vllm_trimix.backend.announce import REASONS
 from vllm_trimix.cli.main import COMMANDS
 from vllm_trimix.config import TrimixConfig, format_layers, parse_config, resolve
@@ -55,8 +56,8 @@ def test_commands_exist() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_benchmark_commands_are_real(page: str) -> None:
-    for module, arguments in re.findall(r"python -m benchmarks\.(\w+)([^`\n|]*)", PAGES[page]):
-        source = (ROOT / "benchmarks" / f"{module}.py").read_text() + (ROOT / "benchmarks/models.py").read_text()
+    for module, arguments in re.findall(r"python -m benchmarks\.([\w.]+\w)([^`\n|]*)", PAGES[page]):
+        source = (ROOT / "benchmarks" / f"{module.replace('.', '/')}.py").read_text() + (ROOT / "benchmarks/models.py").read_text()
         for flag in re.findall(r"--[a-z-]+", arguments):
             assert f'"{flag}"' in source, f"{module} has no {flag}"
 
@@ -87,3 +88,15 @@ def test_every_reason_is_documented() -> None:
 def test_no_placeholder_is_left() -> None:
     for page, text in PAGES.items():
         assert "@@" not in text, page
+
+
+def test_predicted_times_are_the_documented_ones() -> None:
+    assert markdown() in PAGES["docs/kernels.md"], "run python -m benchmarks.kernels.prediction"
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_predictions_stay_within_the_pair_bound(length: int) -> None:
+    prediction = predict(length)
+    assert prediction.tensor <= prediction.ours
+    # Dense products at the matmul's rate instead of FlashAttention's: tiles can only add to the pairs.
+    assert prediction.dense * DENSE_FLOP_S / MATMUL_FLOP_S / prediction.tensor < prediction.pair_bound

@@ -7,13 +7,16 @@ all layers of its KV-cache group.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.plan import Plan
+
+if TYPE_CHECKING:
+    from vllm_trimix.kernels.triton_triangle import Variant
 
 # Programs for a step's last rows: four for each multiprocessor balance parts of unequal length.
 _PROGRAMS_PER_MULTIPROCESSOR = 4
@@ -118,6 +121,8 @@ class TritonPrefill:
         # Layers of one group may differ in query heads.
         self._tile_rows = min(tile_rows_for(*shape, dtype_size, capability_of(device)) for shape in shapes)
         self._target_programs = _PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(device)
+        # A few for all layers: their tensors differ in kind only where the model's layers do.
+        self._variants: dict[tuple[object, ...], Variant] = {}
         self._partials = {
             shape.num_heads: Partials.allocate(
                 max_slots(self._num_kv_heads, self._target_programs),
@@ -167,7 +172,8 @@ class TritonPrefill:
     ) -> None:
         from vllm_trimix.kernels.triton_triangle import triangle_prefill
 
-        triangle_prefill(
+        kind = (q.shape[1], q.dtype, scales.q is None, out.dtype, k_cache.dtype, k_cache.stride(), soft_cap > 0)
+        self._variants[kind] = triangle_prefill(
             q,
             k_cache,
             v_cache,
@@ -184,6 +190,7 @@ class TritonPrefill:
             k_scale=scales.k,
             v_scale=scales.v,
             soft_cap=soft_cap,
+            variant=self._variants.get(kind),
         )
 
 

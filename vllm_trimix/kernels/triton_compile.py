@@ -1,6 +1,6 @@
 """Compile the kernels for CUDA targets without a GPU and report what each variant needs of the device.
 
-``python -m vllm_trimix.kernels.triton_compile`` prints a Markdown table; ``--json`` prints the same rows for tools.
+``python -m vllm_trimix.kernels.triton_compile`` prints a Markdown table; ``--json FILE`` writes its rows for tools.
 """
 
 import argparse
@@ -288,15 +288,12 @@ def main() -> None:
         metavar="CAPABILITY,HEAD_SIZE,QUERY,CACHE[,GROUP[,BLOCK_SIZE[,N_INIT]]][,merge]",
         help="variants to compile instead of the default ones, e.g. 90,128,bf16,bf16",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object a line, as each variant is done")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the reports to FILE, as JSON")
     options = parser.parse_args()
-    reports = []
-    for variant in options.variants or default_variants():
-        reports.append(compile_variant(variant))
-        if options.json:
-            print(json.dumps(asdict(reports[-1])), flush=True)
-    if not options.json:
-        print(f"Triton {triton.__version__}\n\n{markdown(reports)}")
+    reports = [compile_variant(variant) for variant in options.variants or default_variants()]
+    if options.json:
+        options.json.write_text(json.dumps([asdict(report) for report in reports]))
+    print(f"Triton {triton.__version__}\n\n{markdown(reports)}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ The rule is that of TriangleMix (https://arxiv.org/abs/2507.21526): the query at
 ``j <= i`` iff ``j < n_init`` or ``i - j < n_local``; dense rows see every ``j <= i``.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -253,6 +255,18 @@ def triangle_prefill_kernel(
         tl.store(partial_stats_ptr + BLOCK_M + offs_m, row_sum)
 
 
+class Variant(NamedTuple):
+    """What a call needs to know of the kinds of its tensors, found and checked once.
+
+    Attributes:
+        config: Launch shape.
+        constants: Compile-time arguments.
+    """
+
+    config: TileConfig
+    constants: dict[str, object]
+
+
 def kernel_constants(
     config: TileConfig,
     *,
@@ -338,7 +352,8 @@ def triangle_prefill(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     soft_cap: float = 0.0,
-) -> None:
+    variant: Variant | None = None,
+) -> Variant:
     """Attention of a step's work items, written to ``out`` in place.
 
     Rows of ``out`` that no item covers stay as they are. The call launches one kernel, or two where keys were split,
@@ -362,51 +377,37 @@ def triangle_prefill(
         k_scale: Dequantisation scale of fp8 keys, like ``q_scale``.
         v_scale: Dequantisation scale of fp8 values, like ``q_scale``.
         soft_cap: Logits become ``soft_cap * tanh(logit / soft_cap)``; 0 is off.
+        variant: From an earlier call with tensors of the same kinds: nothing is checked again.
+
+    Returns:
+        The variant, for further calls.
 
     Raises:
         ValueError: A shape, dtype, stride or parameter is outside what the kernel takes.
     """
-    _check_tensors(q, k_cache, v_cache, block_table, items, merges, out)
-    _check_parameters(n_init=n_init, n_local=n_local, scale=scale, soft_cap=soft_cap)
-    for name, factor in (("q_scale", q_scale), ("k_scale", k_scale), ("v_scale", v_scale)):
-        if factor is not None and (factor.numel() != 1 or factor.dtype != torch.float32 or factor.device != q.device):
-            raise ValueError(
-                f"{name} is {factor.dtype} {list(factor.shape)} on {factor.device}; expected one float32 on {q.device}"
-            )
-    _, num_heads, head_size = q.shape
-    num_kv_heads, block_size = k_cache.shape[1:3]
-    group = group_size(num_heads, num_kv_heads)
-    capability = capability_of(q.device)
-    if torch.float8_e4m3fn in (q.dtype, k_cache.dtype) and capability < 89:
-        raise ValueError(f"float8_e4m3fn needs compute capability 8.9, this GPU has {capability / 10}")
-    config = config_for(head_size, q.element_size(), k_cache.element_size(), capability)
-    max_rows = max(1, config.block_m // group)
-    if not 1 <= tile_rows <= max_rows:
-        raise ValueError(f"tile_rows {tile_rows} is outside 1-{max_rows} for {group} query heads a KV head")
+    if variant is None:
+        _check_tensors(q, k_cache, v_cache, block_table, items, merges, out)
+        _check_parameters(n_init=n_init, n_local=n_local, scale=scale, soft_cap=soft_cap)
+        _check_scales(q.device, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
+        variant = _find_variant(
+            q,
+            k_cache,
+            tile_rows=tile_rows,
+            n_init=n_init,
+            has_soft_cap=soft_cap > 0,
+            has_q_scale=q_scale is not None,
+            has_k_scale=k_scale is not None,
+            has_v_scale=v_scale is not None,
+            has_partials=partials is not None,
+        )
+        if partials is not None:
+            _check_partials(partials, variant.constants)
+        elif merges is not None:
+            raise ValueError(f"merges has {merges.shape[0]} rows, but there is no workspace for partial results")
     if items.shape[0] == 0:
-        return
+        return variant
 
-    constants = kernel_constants(
-        config,
-        q_dtype=q.dtype,
-        cache_dtype=k_cache.dtype,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_size=head_size,
-        block_size=block_size,
-        cache_stride=k_cache.stride()[:3],
-        tile_rows=tile_rows,
-        n_init=n_init,
-        has_soft_cap=soft_cap > 0,
-        has_q_scale=q_scale is not None,
-        has_k_scale=k_scale is not None,
-        has_v_scale=v_scale is not None,
-        has_partials=partials is not None,
-    )
-    if partials is not None:
-        _check_partials(partials, constants)
-    elif merges is not None:
-        raise ValueError(f"merges has {merges.shape[0]} rows, but there is no workspace for partial results")
+    num_kv_heads = k_cache.shape[1]
     triangle_prefill_kernel[(items.shape[0] * num_kv_heads,)](
         q,
         k_cache,
@@ -427,13 +428,49 @@ def triangle_prefill(
         out.stride(0),
         out.stride(1),
         block_table.stride(0),
-        **constants,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **variant.constants,
+        num_warps=variant.config.num_warps,
+        num_stages=variant.config.num_stages,
         enable_fp_fusion=True,
     )
     if merges is not None and partials is not None:
         merge_partials(partials, merges, out=out, num_kv_heads=num_kv_heads, v_scale=v_scale)
+    return variant
+
+
+def _find_variant(q: torch.Tensor, k_cache: torch.Tensor, *, tile_rows: int, n_init: int, **flags: bool) -> Variant:
+    _, num_heads, head_size = q.shape
+    num_kv_heads, block_size = k_cache.shape[1:3]
+    group = group_size(num_heads, num_kv_heads)
+    capability = capability_of(q.device)
+    if torch.float8_e4m3fn in (q.dtype, k_cache.dtype) and capability < 89:
+        raise ValueError(f"float8_e4m3fn needs compute capability 8.9, this GPU has {capability / 10}")
+    config = config_for(head_size, q.element_size(), k_cache.element_size(), capability)
+    max_rows = max(1, config.block_m // group)
+    if not 1 <= tile_rows <= max_rows:
+        raise ValueError(f"tile_rows {tile_rows} is outside 1-{max_rows} for {group} query heads a KV head")
+    constants = kernel_constants(
+        config,
+        q_dtype=q.dtype,
+        cache_dtype=k_cache.dtype,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        block_size=block_size,
+        cache_stride=k_cache.stride()[:3],
+        tile_rows=tile_rows,
+        n_init=n_init,
+        **flags,
+    )
+    return Variant(config, constants)
+
+
+def _check_scales(device: torch.device, **scales: torch.Tensor | None) -> None:
+    for name, factor in scales.items():
+        if factor is not None and (factor.numel() != 1 or factor.dtype != torch.float32 or factor.device != device):
+            raise ValueError(
+                f"{name} is {factor.dtype} {list(factor.shape)} on {factor.device}; expected one float32 on {device}"
+            )
 
 
 def _check_partials(partials: Partials, constants: dict[str, object]) -> None:
