@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("vllm", reason="the builder imports vLLM")
-
-from vllm_trimix.backend.builder import _dense_batch
+from vllm_trimix.backend.pseudo_requests import pseudo_requests
 from vllm_trimix.backend.upload import _stage, _views, upload
 from vllm_trimix.plan import Span
 
@@ -49,8 +46,8 @@ def spans(draw: st.DrawFn) -> list[Span]:
 
 
 @given(spans())
-def test_dense_rows_are_those_of_the_spans(spans: list[Span]) -> None:
-    batch = _dense_batch(spans)
+def test_a_batch_has_the_rows_of_its_spans(spans: list[Span]) -> None:
+    batch = pseudo_requests(spans)
     rows = [span.first_row + row for span in spans for row in range(span.num_rows)]
     contiguous = rows == list(range(rows[0], rows[0] + len(rows)))
     assert (batch.rows is None) is contiguous
@@ -61,3 +58,4 @@ def test_dense_rows_are_those_of_the_spans(spans: list[Span]) -> None:
     assert batch.longest == max(span.num_rows for span in spans)
     assert np.diff(batch.starts).tolist() == [span.num_rows for span in spans]
     assert batch.indices.tolist() == [span.request for span in spans]
+    assert batch.ends.tolist() == [span.position + span.num_rows for span in spans]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
@@ -13,6 +12,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuild
 
 from vllm_trimix.backend import announce, requests, settings
 from vllm_trimix.backend.prefill import TrianglePrefill, TritonPrefill
+from vllm_trimix.backend.pseudo_requests import PseudoRequests, pseudo_requests
 from vllm_trimix.backend.upload import upload
 from vllm_trimix.plan import Plan, Span, build_plan
 
@@ -80,6 +80,7 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
             {impl.trimix_shape() for impl in self._active},
             triangle=self.resolved.triangle,
             dtype_size=self.vllm_config.model_config.dtype.itemsize,
+            block_size=self.kv_cache_spec.block_size,
             device=device,
         )
 
@@ -191,7 +192,7 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
             announce.fallback(reason)
 
     def _step_plan(self, plan: Plan, step: requests.Step, common: CommonAttentionMetadata) -> StepPlan:
-        dense = _dense_batch(plan.dense) if plan.dense else None
+        dense = pseudo_requests(plan.dense) if plan.dense else None
         arrays = [] if self._prefill is None else self._prefill.arrays(plan)
         num_arrays = len(arrays)
         if dense is not None:
@@ -199,7 +200,7 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
         uploaded = upload(arrays, self.device)
         prefill_step, dense_rows, dense_metadata = None, None, None
         if self._prefill is not None:
-            prefill_step = self._prefill.bind(uploaded[:num_arrays], common.block_table_tensor)
+            prefill_step = self._prefill.bind(plan, uploaded[:num_arrays], common.block_table_tensor)
         if dense is not None:
             dense_rows, dense_metadata = self._dense_remainder(dense, uploaded[num_arrays:], common)
         return StepPlan(
@@ -214,7 +215,7 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
         )
 
     def _dense_remainder(
-        self, dense: _DenseBatch, uploaded: list[torch.Tensor], common: CommonAttentionMetadata
+        self, dense: PseudoRequests, uploaded: list[torch.Tensor], common: CommonAttentionMetadata
     ) -> tuple[slice | torch.Tensor, Any]:
         """Metadata of a batch of pseudo-requests: each dense span, with its request's own pages and keys.
 
@@ -248,40 +249,6 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
             _token_to_req_indices_cache=None,
         )
         return selection, self._dense_builder.build(0, remainder)
-
-
-@dataclasses.dataclass(frozen=True)
-class _DenseBatch:
-    """The dense spans of a step as a batch of their own, on the host.
-
-    Attributes:
-        starts: First row of each span in the batch, and the end, [num_spans + 1], int32.
-        indices: Row of each span's request in the step, [num_spans], int64.
-        rows: Rows of the step, [num_rows]; None when they are contiguous.
-        first_row: First row of the step.
-        num_rows: Rows of the batch.
-        longest: Rows of the longest span.
-    """
-
-    starts: np.ndarray
-    indices: np.ndarray
-    rows: np.ndarray | None
-    first_row: int
-    num_rows: int
-    longest: int
-
-
-def _dense_batch(spans: list[Span]) -> _DenseBatch:
-    table = np.array(spans, dtype=np.int64)
-    first_rows, num_rows = table[:, 1], table[:, 2]
-    starts = np.zeros(len(spans) + 1, dtype=np.int32)
-    np.cumsum(num_rows, out=starts[1:])
-    total, last = int(starts[-1]), spans[-1]
-    rows = None
-    if last.first_row + last.num_rows != spans[0].first_row + total:
-        rows = np.repeat(first_rows - starts[:-1], num_rows) + np.arange(total)
-    indices = np.ascontiguousarray(table[:, 0])
-    return _DenseBatch(starts, indices, rows, spans[0].first_row, total, int(num_rows.max()))
 
 
 class SharedWorkspace(TrimixBuilder):

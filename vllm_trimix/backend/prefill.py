@@ -51,11 +51,30 @@ class TrianglePrefill(Protocol):
     exact: ClassVar[bool]
     max_tail_rows: ClassVar[int]
 
-    def arrays(self, plan: Plan) -> list[np.ndarray]:
-        """What a step's launches read, int32; uploaded as they are. Once a step."""
+    def __init__(
+        self,
+        shapes: Collection[LayerShape],
+        *,
+        triangle: Triangle,
+        dtype_size: int,
+        block_size: int,
+        device: torch.device,
+    ) -> None:
+        """Prepares for the layers of a group, once.
 
-    def bind(self, arrays: list[torch.Tensor], block_table: torch.Tensor) -> Any:
-        """The step, as ``run`` takes it, from the uploaded arrays and the step's pages. Once a step."""
+        Args:
+            shapes: Of all layers; they share their KV heads and head size.
+            triangle: The pattern.
+            dtype_size: Bytes of an element of the model's dtype.
+            block_size: Tokens of a page.
+            device: Where it runs.
+        """
+
+    def arrays(self, plan: Plan) -> list[np.ndarray]:
+        """What a step's launches read, within int32; uploaded as they are. Once a step."""
+
+    def bind(self, plan: Plan, arrays: list[torch.Tensor], block_table: torch.Tensor) -> Any:
+        """The step, as ``run`` takes it, from its plan, the uploaded arrays and the step's pages. Once a step."""
 
     def idle(self, block_table: torch.Tensor) -> Any:
         """A step without rows, whose run compiles whatever serving will launch."""
@@ -101,16 +120,17 @@ class TritonPrefill:
     max_tail_rows: ClassVar[int] = 256
 
     def __init__(
-        self, shapes: Collection[LayerShape], *, triangle: Triangle, dtype_size: int, device: torch.device
+        self,
+        shapes: Collection[LayerShape],
+        *,
+        triangle: Triangle,
+        dtype_size: int,
+        block_size: int,
+        device: torch.device,
     ) -> None:
-        """Allocates the workspace of partial results, once.
+        """As ``TrianglePrefill``; allocates the workspace of partial results.
 
-        Args:
-            shapes: Of all layers; they share their KV heads and head size.
-            triangle: The pattern.
-            dtype_size: Bytes of an element of the model's dtype. Quantised queries are computed in 16 bits, whose
-                largest tile is no smaller.
-            device: Where the kernel runs.
+        Quantised queries are computed in 16 bits, whose largest tile is no smaller than that of ``dtype_size``.
         """
         from vllm_trimix.kernels.triton_configs import capability_of, tile_rows_for
         from vllm_trimix.kernels.triton_merge import Partials
@@ -149,7 +169,7 @@ class TritonPrefill:
         )
         return [work.items, work.merges] if work.num_slots else [work.items]
 
-    def bind(self, arrays: list[torch.Tensor], block_table: torch.Tensor) -> TritonStep:
+    def bind(self, plan: Plan, arrays: list[torch.Tensor], block_table: torch.Tensor) -> TritonStep:
         return TritonStep(block_table, arrays[0], arrays[1] if len(arrays) > 1 else None)
 
     def idle(self, block_table: torch.Tensor) -> TritonStep:

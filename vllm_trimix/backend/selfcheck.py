@@ -120,9 +120,12 @@ def _run_triton(
     from vllm_trimix.backend.prefill import LayerShape, Scales, TritonPrefill
 
     shape = LayerShape(q.shape[1], k.shape[1], q.shape[2])
-    prefill = TritonPrefill({shape}, triangle=pattern, dtype_size=q.element_size(), device=q.device)
-    arrays = [torch.from_numpy(array).to(q.device) for array in prefill.arrays(Plan(triangle=spans))]
-    step = prefill.bind(arrays, block_table)
+    prefill = TritonPrefill(
+        {shape}, triangle=pattern, dtype_size=q.element_size(), block_size=k.shape[2], device=q.device
+    )
+    plan = Plan(triangle=spans)
+    arrays = [torch.from_numpy(array).to(q.device) for array in prefill.arrays(plan)]
+    step = prefill.bind(plan, arrays, block_table)
     prefill.run(step, q, k, v, scale=scale, soft_cap=0.0, scales=Scales(), out=out)
 
 
