@@ -18,7 +18,11 @@ from benchmarks.kernels import cpu_contenders as cpu
 from benchmarks.kernels import cuda_contenders as cuda
 from benchmarks.kernels import cuda_unpaged_contenders as cuda_unpaged
 from benchmarks.kernels import flex
+from benchmarks.kernels.counting import dense_pattern
 from benchmarks.kernels.problem import Problem, Settings
+from benchmarks.kernels.reference import Mask
+from vllm_trimix.backend.flash_merge import FlashMergePrefill
+from vllm_trimix.backend.flash_pages import FlashPagesPrefill
 from vllm_trimix.backend.prefill import TrianglePrefill, TritonPrefill
 from vllm_trimix.kernels.triton_configs import TileConfig
 
@@ -47,6 +51,7 @@ class Contender:
         chunked: Whether it runs step by step as vLLM schedules; else the whole prompt in one call.
         fp8_products: Whether it multiplies in fp8 when the cache is fp8.
         compiles: Whether each length costs it a compilation of tens of seconds.
+        own_mask: What it is checked against where that isn't its pattern's mask, from the settings.
     """
 
     about: str
@@ -58,6 +63,13 @@ class Contender:
     chunked: bool = True
     fp8_products: bool = False
     compiles: bool = False
+    own_mask: Callable[[Settings], Mask] | None = None
+
+    def mask(self, problem: Problem) -> Mask:
+        """What its rows see: its output is checked against this."""
+        if self.own_mask is not None:
+            return self.own_mask(problem.settings)
+        return dense_pattern(problem.length) if self.pattern == "dense" else problem.settings.pattern
 
     def unavailable(self, settings: Settings, *, quick: bool = False) -> str | None:
         """Why it can't take part, or None."""
@@ -86,6 +98,8 @@ def _trimix(
     *,
     max_tail_rows: int | None = None,
     tile: TileConfig | None = None,
+    missing: Callable[[Settings], str | None] = cuda.triton_missing,
+    own_mask: Callable[[Settings], Mask] | None = None,
 ) -> Contender:
     return Contender(
         about=f"ours: {about}",
@@ -93,8 +107,9 @@ def _trimix(
         paged=True,
         devices=("cuda",),
         prepare=functools.partial(cuda.Trimix, prefill=prefill, max_tail_rows=max_tail_rows, tile=tile),
-        missing=cuda.triton_missing if tile is None else cuda.tile_missing,
+        missing=missing,
         fp8_products=True,
+        own_mask=own_mask,
     )
 
 
@@ -187,12 +202,23 @@ CONTENDERS: dict[str, Contender] = {
     "trimix_triton_stock_tail": _trimix(
         "the Triton kernel, last rows by vLLM's FlashAttention", TritonPrefill, max_tail_rows=0
     ),
+    "trimix_flash_merge": _trimix(
+        "window and sinks by two launches of vLLM's FlashAttention, merged",
+        FlashMergePrefill,
+        missing=cuda.flash_missing,
+    ),
+    "trimix_flash_pages": _trimix(
+        "tiles as requests of vLLM's FlashAttention; sees and is checked against a superset, rounded to pages",
+        FlashPagesPrefill,
+        missing=cuda.flash_missing,
+        own_mask=cuda.PagesMask,
+    ),
 }
 
 
 # Other launch shapes for 16-bit models of head size 96 and 128 on Hopper: what the table's entry must beat.
 CONTENDERS |= {
-    f"trimix_triton_{name}": _trimix(f"the Triton kernel, {about}", TritonPrefill, tile=tile)
+    f"trimix_triton_{name}": _trimix(f"the Triton kernel, {about}", TritonPrefill, tile=tile, missing=cuda.tile_missing)
     for name, about, tile in (
         ("deep", "pipeline of three stages", TileConfig(128, 64, num_warps=8, num_stages=3, lookahead=True)),
         ("no_lookahead", "without lookahead", TileConfig(128, 64, num_warps=8, num_stages=2)),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
 
 from benchmarks.kernels.problem import FP8, Problem, Settings, plan_steps
+from vllm_trimix.backend import flash_pages
 from vllm_trimix.backend.prefill import LayerShape, Scales, TrianglePrefill
 from vllm_trimix.backend.upload import upload
 from vllm_trimix.kernels.triton_configs import TileConfig
@@ -39,11 +41,14 @@ def flash_attention_version(settings: Settings) -> int:
     return 2 if version is None else version
 
 
+def flash_missing(settings: Settings) -> str | None:
+    """Why vLLM's own FlashAttention can't run on this GPU with this cache."""
+    return flash_attention_missing(settings, version=flash_attention_version(settings))
+
+
 def triton_missing(settings: Settings) -> str | None:
     """Ours needs Triton, and vLLM's own FlashAttention for the last rows."""
-    return package_missing(settings, package="triton") or flash_attention_missing(
-        settings, version=flash_attention_version(settings)
-    )
+    return package_missing(settings, package="triton") or flash_missing(settings)
 
 
 class _FlashStep:
@@ -196,6 +201,24 @@ def launch_shape(tile: TileConfig | None) -> Any:
     return mock.patch.object(triton_triangle, "config_for", return_value=tile)
 
 
+@dataclass(frozen=True)
+class PagesMask:
+    """What a prompt's rows see through ``FlashPagesPrefill``: the triangle rounded to pages, last rows everything."""
+
+    settings: Settings
+
+    def mask(self, q_positions: torch.Tensor, k_positions: torch.Tensor, prompt_len: int) -> torch.Tensor:
+        pattern = self.settings.pattern
+        rounded = flash_pages.visible(
+            q_positions,
+            k_positions,
+            n_init=pattern.n_init,
+            n_local=pattern.n_local,
+            block_size=self.settings.block_size,
+        )
+        return rounded | pattern.mask(q_positions, k_positions, prompt_len)
+
+
 class Trimix:
     """Triangle, as the backend runs a layer: the way of prefill takes its share of the plan, vLLM's kernel the rest."""
 
@@ -211,10 +234,11 @@ class Trimix:
         self._tile = tile
         self._problem = problem
         self._version = flash_attention_version(settings)
-        self._prefill: Any = prefill(
+        self._prefill = prefill(
             {LayerShape(settings.num_heads, settings.num_kv_heads, settings.head_size)},
             triangle=settings.pattern,
             dtype_size=settings.dtype.itemsize,
+            block_size=settings.block_size,
             device=settings.device,
         )
         self._max_tail_rows = self._prefill.max_tail_rows if max_tail_rows is None else max_tail_rows
@@ -230,7 +254,7 @@ class Trimix:
         problem, device = self._problem, self._q.device
         plans = plan_steps(problem, max_tail_rows=self._max_tail_rows)
         self._steps = [
-            self._prefill.bind(upload(self._prefill.arrays(plan), device), problem.block_table)
+            self._prefill.bind(plan, upload(self._prefill.arrays(plan), device), problem.block_table)
             if plan.triangle or plan.tails
             else None
             for plan in plans

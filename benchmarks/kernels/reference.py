@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -13,6 +14,13 @@ from vllm_trimix.kernels.reference import masked_attention
 from vllm_trimix.patterns.triangle import Triangle
 
 NUM_ROWS = 48
+
+
+class Mask(Protocol):
+    """What makes a row's truth, hashable; ``vllm_trimix.patterns.triangle.Triangle`` is one."""
+
+    def mask(self, q_positions: torch.Tensor, k_positions: torch.Tensor, prompt_len: int) -> torch.Tensor:
+        """Visibility of keys, as ``Triangle.mask``."""
 
 
 def sample_rows(
@@ -82,7 +90,7 @@ class Reference:
         return None
 
 
-def make_reference(problem: Problem, pattern: Triangle, *, fp8_products: bool = False) -> Reference:
+def make_reference(problem: Problem, pattern: Mask, *, fp8_products: bool = False) -> Reference:
     """The truth and the budget, a KV head at a time: memory grows with the sampled rows times the prompt.
 
     Args:

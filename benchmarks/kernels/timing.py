@@ -10,9 +10,8 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.kernels.contenders import Contender, Prepared
-from benchmarks.kernels.counting import dense_pattern
 from benchmarks.kernels.problem import Problem
-from benchmarks.kernels.reference import Error, Reference, make_reference
+from benchmarks.kernels.reference import Error, Mask, Reference, make_reference
 
 # Larger than any L2 cache; on CPU the contenders' own working sets evict one another.
 _FLUSH_BYTES = 512 * 2**20
@@ -105,7 +104,7 @@ class _Runner:
 def measure(problem: Problem, contenders: Mapping[str, Contender], *, repeats: int) -> dict[str, Result]:
     """Times the contenders, A B C A B C; each is checked before its first timed round and after its last."""
     results = {name: Result() for name in contenders}
-    references: dict[tuple[str, bool], Reference] = {}
+    references: dict[tuple[Mask, bool], Reference] = {}
     runners: dict[str, _Runner] = {}
 
     def attempt(name: str, step: Callable[[], object]) -> None:
@@ -119,10 +118,9 @@ def measure(problem: Problem, contenders: Mapping[str, Contender], *, repeats: i
 
     def enter(name: str, contender: Contender) -> None:
         result, fp8 = results[name], contender.fp8_products and problem.settings.fp8
-        key = (contender.pattern, fp8)
+        key = mask, _ = contender.mask(problem), fp8
         if key not in references:
-            pattern = dense_pattern(problem.length) if contender.pattern == "dense" else problem.settings.pattern
-            references[key] = make_reference(problem, pattern, fp8_products=fp8)
+            references[key] = make_reference(problem, mask, fp8_products=fp8)
         result.budget = references[key].budget
         runner = runners[name] = _Runner(contender.prepare(problem), references[key], result, problem.q.device)
         problem.out.fill_(torch.nan)

@@ -13,9 +13,10 @@ import torch
 from benchmarks import benchmark_kernels
 from benchmarks.kernels import ceilings, contenders, flex
 from benchmarks.kernels.counting import count_work, dense_pattern, visible_keys
-from benchmarks.kernels.problem import Problem, Settings, make_problem
+from benchmarks.kernels.problem import Problem, Settings, _fill_cuda_cache, make_problem
 from benchmarks.kernels.reference import make_reference, sample_rows
 from benchmarks.kernels.timing import measure
+from tests.backend.flash_on_cpu import flash_on_cpu
 from vllm_trimix.patterns.triangle import Triangle
 
 pytest.importorskip("matplotlib", reason="the figure needs matplotlib (extra plot)")
@@ -214,7 +215,7 @@ def test_fp8_products_have_a_budget_of_their_own() -> None:
 
 
 CUDA_ONLY = {"vllm_fa2", "vllm_fa3", "vllm_fa4", "flashinfer", "cudnn_sdpa", "flash_attn", "xformers"} | {
-    name for name in contenders.CONTENDERS if name.startswith("trimix_triton")
+    name for name in contenders.CONTENDERS if name.startswith(("trimix_triton", "trimix_flash"))
 }
 
 
@@ -233,6 +234,29 @@ def test_cuda_contenders_say_why_they_cannot_run() -> None:
         assert contenders.CONTENDERS[name].unavailable(cuda) == f"the package {name} is not installed"
     assert contenders.CONTENDERS["cudnn_sdpa"].unavailable(cuda) == "this torch has no cuDNN"
     assert contenders.CONTENDERS["trimix_triton"].unavailable(cuda)
+    for name in ("trimix_flash_merge", "trimix_flash_pages"):
+        assert "FlashAttention" in contenders.CONTENDERS[name].unavailable(cuda)
+
+
+def test_rounded_to_pages_is_checked_against_its_own_mask() -> None:
+    """Right by its own definition, and wrong by the triangle's: the gate must know which one it is told."""
+    problem = make_problem(settings(pattern=Triangle(8, 100, 30)), 1100)
+    position, block_size = torch.arange(1100), problem.settings.block_size
+    slots = problem.block_table[0, position // block_size] * block_size + position % block_size
+    blocks = problem.block_table.numel() + 1
+    problem.kv_cache, _ = _fill_cuda_cache(problem.settings, problem.k, problem.v, slots, blocks)
+    merge, pages = (contenders.CONTENDERS[f"trimix_flash_{name}"] for name in ("merge", "pages"))
+    assert "superset, rounded to pages" in pages.about
+    wrong = {"merge as pages": dataclasses.replace(merge, own_mask=pages.own_mask)}
+    wrong["pages as merge"] = dataclasses.replace(pages, own_mask=None)
+    with flash_on_cpu():
+        results = measure(problem, {"merge": merge, "pages": pages, **wrong}, repeats=1)
+    assert {name: result.status for name, result in results.items()} == {
+        "merge": "ok",
+        "pages": "ok",
+        "merge as pages": "refused",
+        "pages as merge": "refused",
+    }, results
 
 
 @pytest.fixture(scope="module")

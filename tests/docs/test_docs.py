@@ -57,7 +57,9 @@ def test_commands_exist() -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_benchmark_commands_are_real(page: str) -> None:
     for module, arguments in re.findall(r"python -m benchmarks\.([\w.]+\w)([^`\n|]*)", PAGES[page]):
-        source = (ROOT / "benchmarks" / f"{module.replace('.', '/')}.py").read_text() + (ROOT / "benchmarks/models.py").read_text()
+        source = (ROOT / "benchmarks" / f"{module.replace('.', '/')}.py").read_text() + (
+            ROOT / "benchmarks/models.py"
+        ).read_text()
         for flag in re.findall(r"--[a-z-]+", arguments):
             assert f'"{flag}"' in source, f"{module} has no {flag}"
 
