@@ -147,3 +147,35 @@ def test_visible_pairs_are_those_of_the_mask(prompt_len: int, n_init: int, n_loc
     pattern = Triangle(n_init=n_init, n_local=n_local, last_n=last_n)
     positions = torch.arange(prompt_len)
     assert pattern.visible_pairs(prompt_len) == int(pattern.mask(positions, positions, prompt_len).sum())
+
+
+@pytest.mark.parametrize(("max_tail_rows", "is_tail"), [(0, False), (127, False), (128, True), (256, True)])
+def test_short_dense_ends_are_tails(max_tail_rows: int, is_tail: bool) -> None:
+    """Of requests under the rule only: others stay whole with the stock kernel, decodes too."""
+    requests = [Request(2000), Request(50), Request(2000, "opt_out"), Request(100)]
+    plan = build_plan(
+        [0, 1000, 1010, 1020, 1021],
+        [2000, 10, 2000, 101],
+        requests,
+        pattern=Triangle(n_init=8, n_local=512, last_n=128),
+        min_prompt_len=0,
+        max_tail_rows=max_tail_rows,
+    )
+    tail = Span(0, 872, 128, 1872)
+    assert plan.triangle == [Span(0, 0, 872, 1000)]
+    assert plan.tails == ([tail] if is_tail else [])
+    assert [span.request for span in plan.dense] == ([] if is_tail else [0]) + [1, 2, 3]
+    assert plan.rows["last_n"] == 128
+
+
+def test_a_resumed_answer_is_no_tail() -> None:
+    """Rows that a preemption made it compute again can be many: the stock kernel's."""
+    plan = build_plan(
+        [0, 1000],
+        [2500],
+        [Request(2000)],
+        pattern=Triangle(n_init=8, n_local=512, last_n=128),
+        min_prompt_len=0,
+        max_tail_rows=256,
+    )
+    assert (plan.tails, plan.dense) == ([], [Span(0, 372, 628, 1872)])
