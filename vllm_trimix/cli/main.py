@@ -20,10 +20,24 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "make-bench-model": ("vllm_trimix.cli.make_bench_model", "write a Llama-shaped config and tokenizer, no weights"),
     "make-demo-model": ("vllm_trimix.cli.make_demo_model", "write the hand-set retrieval model, no download"),
     "make-demo-prompt": ("vllm_trimix.cli.make_demo_prompt", "print a prompt with a known answer as JSON"),
+    "presets": ("vllm_trimix.cli.presets", "list the shipped presets, or show one"),
+    "probe": ("vllm_trimix.cli.probe", "find the triangle layers of a model, with the evidence"),
 }
 
 # Packages that some commands need and that `pip install vllm-trimix` alone doesn't bring.
-_COMPANIONS = {"matplotlib", "numpy", "safetensors", "tokenizers", "torch", "transformers", "triton", "vllm"}
+_COMPANIONS = {
+    "matplotlib",
+    "numpy",
+    "psutil",
+    "safetensors",
+    "scipy",
+    "tokenizers",
+    "torch",
+    "tqdm",
+    "transformers",
+    "triton",
+    "vllm",
+}
 
 
 def build_parser(command: str | None = None) -> tuple[argparse.ArgumentParser, ModuleType | None]:

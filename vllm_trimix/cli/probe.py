@@ -1,0 +1,220 @@
+"""``vllm-trimix probe``: finds the triangle layers of a model, with the evidence."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from vllm_trimix.patterns.triangle import Triangle
+
+# As in vllm_trimix.probing.gradient, which imports torch.
+_SCORES = ("contribution", "gradient", "centred", "mass")
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command's arguments."""
+    parser = subparsers.add_parser(
+        "probe",
+        help="find the triangle layers of a model, and write them as a preset with the evidence",
+        description="Measures, with Hugging Face transformers, how much each layer's Middle Q-K section (what the "
+        "triangle hides) matters for answers, ranks the layers by it, and takes as many as leave held-out answers as "
+        "likely as they were. Writes preset.json, scores.json, report.md and plots. Stopped, it goes on where it was.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="HF id or path of a causal language model")
+    add("--output", type=Path, default=Path("trimix-probe"), metavar="DIR", help="folder for the results")
+    add("--prompts", type=Path, metavar="FILE", help='JSON lines {"prompt": ..., "answer": ...} instead of generated')
+    add("--length", type=int, default=8192, metavar="N", help="longest generated prompt, in tokens")
+    add("--samples", type=int, default=16, metavar="K", help="generated prompts; every second one is held out")
+    add("--method", choices=("gradient", "ablation", "both"), default="gradient", help="ablation: slower, the truth")
+    add("--score", choices=_SCORES, default="contribution", help="gradient score that ranks the layers")
+    add("--objective", choices=("logit", "logprob"), default="logit", help="what the gradient is of")
+    add("--random-orders", type=int, default=2, metavar="R", help="random layer orders to compare with")
+    add("--n-init", type=int, default=Triangle.n_init)
+    add("--n-local", type=int, default=Triangle.n_local)
+    add("--last-n", type=int, default=Triangle.last_n)
+    add("--device", default="auto", help="auto: CUDA where there is one")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: the checkpoint's")
+    add("--seed", type=int, default=0)
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Probes. Returns 1 if no layer can be a triangle layer: then the preset holds none.
+
+    Raises:
+        ValueError: Something the user got wrong, or too little memory.
+        OSError: A file that can't be read or written.
+    """
+    pattern = _pattern(args)
+    import torch
+    from transformers import AutoConfig, AutoTokenizer
+
+    from vllm_trimix.probing import memory, probe, prompts, report
+
+    device = torch.device(_device(args.device))
+    load = {"trust_remote_code": args.trust_remote_code}
+    config = AutoConfig.from_pretrained(args.model, **load)
+    dtype = getattr(torch, args.dtype) if args.dtype != "auto" else getattr(config, "dtype", None) or torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(args.model, **load)
+    if args.prompts is not None:
+        chosen = prompts.read(args.prompts, tokenizer)
+    else:
+        chosen = prompts.generate(tokenizer, length=args.length, count=args.samples, seed=args.seed)
+    if len(chosen) < 4:
+        raise ValueError(f"{len(chosen)} prompts: two to score and two held out for the choice are the least; add some")
+    prompts.check_lengths(
+        chosen, pattern, max_length=getattr(config.get_text_config(), "max_position_embeddings", None)
+    )
+    longest = max(len(prompt.sample.prompt) + len(prompt.sample.answer) for prompt in chosen)
+    needed = memory.check(config, length=longest, dtype=dtype, device=device)
+    settings = probe.Settings(
+        model=args.model,
+        pattern=pattern,
+        method=args.method,
+        score=args.score,
+        objective=args.objective,
+        num_random=args.random_orders,
+        seed=args.seed,
+        prompts=hashlib.sha256(json.dumps([(p.text, p.answer) for p in chosen]).encode()).hexdigest()[:16],
+        dtype=str(dtype).removeprefix("torch."),
+        device=device.type,
+    )
+    args.output.mkdir(parents=True, exist_ok=True)
+    saved = probe.Saved(args.output / "progress.json", settings)
+    kinds = list(prompts.describe(chosen))
+    print(f"vllm-trimix: {'; '.join(kinds)}; up to {needed / 2**30:.1f} GiB on {device}", file=sys.stderr)
+    with _Bars() as bars:
+        outcome = probe.run(
+            _load(args.model, dtype, device, load),
+            settings,
+            scored=[prompt.sample for prompt in chosen[::2]],
+            held_out=[prompt.sample for prompt in chosen[1::2]],
+            saved=saved,
+            progress=bars.update,
+        )
+    preset = report.write(args.output, outcome, environment=_environment(device), prompts=kinds, command=_command(args))
+    return _say(outcome, preset, args.output)
+
+
+def _say(outcome: Any, preset: Path, folder: Path) -> int:
+    from vllm_trimix.config import format_layers
+
+    print(f"triangle layers: {format_layers(outcome.chosen)} ({len(outcome.chosen)} of {len(outcome.importance)})")
+    print(f"report: {folder / 'report.md'}")
+    if not outcome.chosen:
+        print("No layer can be a triangle layer without a loss on these prompts.")
+        return 1
+    entry = json.dumps({"trimix": {"preset": str(preset)}})
+    print(
+        f"serve: vllm serve {shlex.quote(outcome.settings.model)} --attention-backend TRIMIX "
+        f"--additional-config {shlex.quote(entry)}"
+    )
+    return 0
+
+
+def _pattern(args: argparse.Namespace) -> Triangle:
+    for flag, value, least in (
+        ("--n-init", args.n_init, 0),
+        ("--n-local", args.n_local, 1),
+        ("--last-n", args.last_n, 0),
+        ("--samples", args.samples, 4),
+        ("--random-orders", args.random_orders, 0),
+        ("--length", args.length, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{flag}: {value} is too small; the least is {least}")
+    if args.prompts is None and args.length <= Triangle(args.n_init, args.n_local, args.last_n).dense_len:
+        pattern = Triangle(args.n_init, args.n_local, args.last_n)
+        raise ValueError(
+            f"--length: the triangle hides nothing up to {pattern.dense_len} tokens (n_init + n_local + last_n), "
+            f"got {args.length}"
+        )
+    return Triangle(args.n_init, args.n_local, args.last_n)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device: {name}: this torch sees no CUDA device; use cpu")
+    try:
+        torch.empty(0, device=name)
+    except RuntimeError as error:
+        raise ValueError(f"--device: {name}: {str(error).splitlines()[0]}") from None
+    return name
+
+
+def _load(name: str, dtype: Any, device: Any, load: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **load).to(device).eval()
+
+
+def _environment(device: Any) -> dict[str, str]:
+    import torch
+    import transformers
+
+    name = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu()}, {torch.get_num_threads()} threads"
+    )
+    return {
+        "device": name,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The call again: what differs from the defaults."""
+    words = ["vllm-trimix", "probe", args.model]
+    for name, value in vars(args).items():
+        if name not in ("command", "model", "run", "parser", "flags") and value != args.parser.get_default(name):
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return shlex.join(words)
+
+
+class _Bars:
+    """A progress bar a phase, on stderr."""
+
+    def __init__(self) -> None:
+        self._name = ""
+        self._bar: Any = None
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, exception: object, *_: object) -> None:
+        if self._bar is not None:
+            # The last pass of a phase ends without a word.
+            if exception is None:
+                self._bar.update(self._bar.total - self._bar.n)
+            self._bar.close()
+
+    def update(self, name: str, done: int, total: int) -> None:
+        """The phase, and how much of it is done."""
+        from tqdm import tqdm
+
+        if name != self._name:
+            self.__exit__(None)
+            self._name, self._bar = name, tqdm(total=total, desc=name, unit="pass")
+        self._bar.update(done - self._bar.n)

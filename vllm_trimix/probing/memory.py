@@ -1,0 +1,58 @@
+"""How much memory a probe needs, before it starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vllm_trimix.probing.gradient import BLOCK_BYTES, BLOCK_ROWS, BLOCK_TENSORS
+
+# Tensors of the size of the MLP's inner activations, and of the hidden state, while one layer is differentiated.
+_INNER_TENSORS = 6
+_HIDDEN_TENSORS = 12
+
+
+def needed_bytes(config: Any, *, length: int, dtype: torch.dtype) -> int:
+    """Estimate of a probe's peak: weights, one hidden state a layer, and one layer's work.
+
+    Args:
+        config: The model's configuration, of transformers.
+        length: Longest prompt with its answer, in tokens.
+        dtype: Of weights and activations.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) * dtype.itemsize
+    text = config.get_text_config()
+    heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    hidden = length * text.hidden_size * dtype.itemsize
+    inner = length * getattr(text, "intermediate_size", 4 * text.hidden_size) * dtype.itemsize
+    block = BLOCK_ROWS * (heads // kv_heads) * length * BLOCK_BYTES
+    layer = _HIDDEN_TENSORS * hidden + _INNER_TENSORS * inner + BLOCK_TENSORS * block
+    return int(weights + (text.num_hidden_layers + 1) * hidden + layer)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that is free now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def check(config: Any, *, length: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Refuses a probe that would run out of memory; returns the estimate.
+
+    Raises:
+        ValueError: With what is needed, what there is, and what to do.
+    """
+    needed, free = needed_bytes(config, length=length, dtype=dtype), available_bytes(device)
+    if needed > free:
+        raise ValueError(
+            f"the probe needs about {needed / 2**30:.1f} GiB on {device} for {length} tokens in {dtype}, and "
+            f"{free / 2**30:.1f} GiB are free; take shorter prompts (--length), --dtype bfloat16, or another --device"
+        )
+    return needed

@@ -1,0 +1,188 @@
+"""One probe: scores, ablation and quality curves over prompts, saved as they come so that it can go on after a stop."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from vllm_trimix.patterns.triangle import Triangle
+from vllm_trimix.probing import choice
+from vllm_trimix.probing.gradient import SECTIONS, Objective, Sample, SectionScores, mean_scores, score_sample
+
+Method = Literal["gradient", "ablation", "both"]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a probe's figures; a stopped probe goes on only under the same.
+
+    Attributes:
+        model: As the user named it.
+        pattern: The triangle's parameters.
+        method: Whose importance ranks the layers; ``both`` ranks by gradient.
+        score: Gradient score that ranks.
+        objective: What the gradient is of.
+        num_random: Random orders to compare with.
+        seed: Of prompts and random orders.
+        prompts: Hash of the prompts.
+        dtype: Of weights and activations.
+        device: Where it runs.
+    """
+
+    model: str
+    pattern: Triangle
+    method: Method
+    score: str
+    objective: Objective
+    num_random: int
+    seed: int
+    prompts: str
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a probe found.
+
+    Attributes:
+        settings: As it ran.
+        scores: Mean gradient scores: score -> [layer][section]; None with ``ablation`` alone.
+        ablation: [layer][sample] nats lost; None with ``gradient`` alone.
+        importance: [layer], what ranks.
+        sliding: Layers with a sliding window of their own, never in a set.
+        orders: Order -> layers.
+        drops: Order -> [k][sample], nats lost with the first k layers in triangle.
+        correct: Order -> [k], share of samples whose answer stays the likeliest.
+        logprobs: [sample], the dense answers' log-probability.
+        chosen: Triangle layers, by importance.
+    """
+
+    settings: Settings
+    scores: dict[str, list[list[float]]] | None
+    ablation: list[list[float]] | None
+    importance: list[float]
+    sliding: list[int]
+    orders: dict[str, list[int]]
+    drops: dict[str, list[list[float]]]
+    correct: dict[str, list[float]]
+    logprobs: list[float]
+    chosen: list[int]
+
+
+class Saved:
+    """Results of finished work, in a JSON file; keys name the work."""
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        """Reads what an earlier call left.
+
+        Raises:
+            ValueError: The file is of a probe with other settings.
+        """
+        self._path, self._settings = path, asdict(settings)
+        self._results: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            found = json.loads(path.read_text())
+            if found["settings"] != self._settings:
+                changed = [key for key, value in self._settings.items() if found["settings"].get(key) != value]
+                raise ValueError(
+                    f"--output: {path} is of a probe with another {', '.join(changed)}; choose another folder, or "
+                    "remove it"
+                )
+            self._results = found["results"]
+
+    def get(self, key: str, work: Callable[[], Any]) -> dict[str, Any]:
+        """The result of this work, a dataclass's fields; done now unless it was before."""
+        if key not in self._results:
+            self._results[key] = asdict(work())
+            part = self._path.with_suffix(".part")
+            part.write_text(json.dumps({"settings": self._settings, "results": self._results}))
+            part.replace(self._path)
+        return self._results[key]
+
+
+def run(
+    model: Any,
+    settings: Settings,
+    *,
+    scored: Sequence[Sample],
+    held_out: Sequence[Sample],
+    saved: Saved,
+    progress: Progress = lambda what, done, total: None,
+) -> Outcome:
+    """Scores layers on some samples and chooses among them on others.
+
+    Args:
+        model: A causal language model of transformers, in evaluation mode, on its device.
+        settings: What to do.
+        scored: Samples for the importance.
+        held_out: Samples for the choice.
+        saved: Where finished work is kept.
+        progress: Told the phase, and how much of it is done.
+    """
+    num_layers = model.config.get_text_config().num_hidden_layers
+    pattern = settings.pattern
+    scores, ablation = None, None
+    if settings.method != "ablation":
+        found = []
+        for index, sample in enumerate(scored):
+            progress("gradient", index, len(scored))
+            score = partial(score_sample, model, sample, pattern, objective=settings.objective)
+            found.append(saved.get(f"score {index}", score))
+        scores = mean_scores([SectionScores(**item) for item in found])
+    with choice.TriangleModel(model, pattern) as triangle:
+        sliding = sorted(triangle.sliding_layers(scored[0]))
+
+        def quality(name: str, sample: Sample, layers: Iterable[int]) -> choice.Quality:
+            key = f"{name} {','.join(map(str, sorted(layers)))}"
+            return choice.Quality(**saved.get(key, partial(triangle.quality, sample, layers)))
+
+        if settings.method != "gradient":
+            ablation = _ablate(quality, scored, num_layers, progress)
+        if scores is not None:
+            importance = [row[SECTIONS.index("middle")] for row in scores[settings.score]]
+        else:
+            assert ablation is not None
+            importance = [statistics.fmean(row) for row in ablation]
+        orders = choice.orders(importance, excluded=sliding, num_random=settings.num_random, seed=settings.seed)
+        drops: dict[str, list[list[float]]] = {}
+        correct: dict[str, list[float]] = {}
+        dense = [quality(f"held out {index}", sample, ()) for index, sample in enumerate(held_out)]
+        total, done = len(orders) * (len(orders["importance"]) + 1) * len(held_out), 0
+        for name, order in orders.items():
+            drops[name], correct[name] = [], []
+            for k in range(len(order) + 1):
+                now = []
+                for index, sample in enumerate(held_out):
+                    progress("quality", done, total)
+                    now.append(quality(f"held out {index}", sample, order[:k]))
+                    done += 1
+                drops[name].append([a.logprob - b.logprob for a, b in zip(dense, now, strict=True)])
+                correct[name].append(statistics.fmean(item.correct for item in now))
+    chosen = sorted(orders["importance"][: choice.choose(drops["importance"])])
+    logprobs = [item.logprob for item in dense]
+    return Outcome(settings, scores, ablation, importance, sliding, orders, drops, correct, logprobs, chosen)
+
+
+def _ablate(
+    quality: Callable[[str, Sample, Iterable[int]], choice.Quality],
+    scored: Sequence[Sample],
+    num_layers: int,
+    progress: Progress,
+) -> list[list[float]]:
+    """Middle knocked out in one layer at a time: [layer][sample], nats that the answer loses."""
+    found = []
+    for layer in range(num_layers):
+        row = []
+        for index, sample in enumerate(scored):
+            progress("ablation", layer * len(scored) + index, num_layers * len(scored))
+            name = f"scored {index}"
+            row.append(quality(name, sample, ()).logprob - quality(name, sample, (layer,)).logprob)
+        found.append(row)
+    return found

@@ -1,0 +1,197 @@
+"""Prompts for the probe: generated offline from a seed with the model's own tokenizer, or read from a file."""
+
+from __future__ import annotations
+
+import json
+import random
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_trimix.patterns.triangle import Triangle
+from vllm_trimix.probing.gradient import Sample
+
+_KV_HEAD = "Extract the value corresponding to the specified key in the JSON object below.\n\n{"
+_KV_TAIL = '}}\n\nKey: "{key}"\nWhat is the value of this key? Give the value only.'
+_NEEDLE = "One of the special magic numbers for {city} is: {number}."
+_NEEDLE_TAIL = "\n\nWhat is the special magic number for {city} mentioned in the text above? Give the number only."
+_FILLER = (
+    "The grass is green and the sky is blue above the long road.",
+    "A train leaves the station every morning at the same quiet hour.",
+    "Here we go, there and back again, as the river follows the valley.",
+    "The baker opens the shop before the first light reaches the square.",
+    "Nobody remembers who painted the gate by the old garden wall.",
+    "In the evening the boats return and the harbour fills with voices.",
+)
+_CITIES = (
+    "Lisbon", "Oslo", "Nairobi", "Kyoto", "Quito", "Perth", "Tunis", "Riga", "Lima", "Hanoi", "Bergen", "Cork",
+    "Dakar", "Turin", "Malmo", "Kazan", "Leeds", "Busan", "Accra", "Porto",
+)  # fmt: skip
+_NUM_NEEDLES = 8
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt with its tokens.
+
+    Attributes:
+        kind: ``kv_retrieval``, ``multi_needle`` or ``file``.
+        text: As the model reads it, template included.
+        answer: What it should say.
+        sample: The same as tokens.
+    """
+
+    kind: str
+    text: str
+    answer: str
+    sample: Sample
+
+
+def generate(tokenizer: Any, *, length: int, count: int, seed: int) -> list[Prompt]:
+    """``count`` prompts of at most ``length`` tokens, KV retrieval and multi-needle by turns.
+
+    The asked-for pair or needle lies in the middle half of the text, so that its rows are neither sinks nor last rows.
+
+    Raises:
+        ValueError: The length leaves no room.
+    """
+    makers: list[tuple[str, Callable[[random.Random, int], tuple[str, str]]]] = [
+        ("kv_retrieval", _kv_retrieval),
+        ("multi_needle", _multi_needle),
+    ]
+    return [
+        _fit(tokenizer, kind, make, random.Random(f"{seed} {index}"), length)
+        for index in range(count)
+        for kind, make in [makers[index % 2]]
+    ]
+
+
+def read(path: Path, tokenizer: Any) -> list[Prompt]:
+    """Prompts from a file: a JSON object a line, ``{"prompt": TEXT or "messages": [...], "answer": TEXT}``.
+
+    Raises:
+        ValueError: A line that isn't such an object, with its number.
+        OSError: The file can't be read.
+    """
+    prompts = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"--prompts: {path}, line {number}"
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where}: not JSON: {error}") from None
+        if not isinstance(entry, dict) or not isinstance(entry.get("answer"), str) or not entry["answer"]:
+            raise ValueError(f'{where}: expected {{"prompt": ..., "answer": ...}} with texts, got {line[:80]}')
+        if isinstance(entry.get("prompt"), str):
+            text = entry["prompt"]
+        elif isinstance(entry.get("messages"), list):
+            text = _templated(tokenizer, entry["messages"], where=where)
+        else:
+            raise ValueError(f'{where}: neither "prompt" (a text) nor "messages" (a list), got {line[:80]}')
+        prompts.append(_encode(tokenizer, "file", text, entry["answer"]))
+    if not prompts:
+        raise ValueError(f"--prompts: {path} holds no prompts")
+    return prompts
+
+
+def check_lengths(prompts: list[Prompt], pattern: Triangle, *, max_length: int | None) -> None:
+    """Refuses prompts on which the triangle hides nothing, and those that the model can't take.
+
+    Raises:
+        ValueError: Naming the prompt, its length and the limit.
+    """
+    for index, prompt in enumerate(prompts, start=1):
+        length = len(prompt.sample.prompt)
+        if pattern.is_dense(length):
+            raise ValueError(
+                f"prompt {index} has {length} tokens: the triangle hides nothing up to {pattern.dense_len} "
+                f"(n_init {pattern.n_init} + n_local {pattern.n_local} + last_n {pattern.last_n}); take longer prompts"
+            )
+        if max_length is not None and length + len(prompt.sample.answer) > max_length:
+            raise ValueError(f"prompt {index} has {length} tokens: the model takes {max_length}; take shorter prompts")
+
+
+def _fit(
+    tokenizer: Any,
+    kind: str,
+    make: Callable[[random.Random, int], tuple[str, str]],
+    rng: random.Random,
+    length: int,
+) -> Prompt:
+    """The largest text of its kind within the length; its seed's content grows with its size."""
+    state = rng.getstate()
+
+    def at(size: int) -> Prompt:
+        rng.setstate(state)
+        text, answer = make(rng, size)
+        return _encode(tokenizer, kind, _asked(tokenizer, text), answer)
+
+    low, high = _NUM_NEEDLES, _NUM_NEEDLES + 1
+    shortest = len(at(low).sample.prompt)
+    if shortest > length:
+        raise ValueError(f"--length: {length} tokens leave no room for a {kind} prompt; the shortest has {shortest}")
+    while len(at(high).sample.prompt) <= length:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if len(at(middle).sample.prompt) <= length else (low, middle)
+    return at(low)
+
+
+def _kv_retrieval(rng: random.Random, size: int) -> tuple[str, str]:
+    pairs = [(_uuid(rng), _uuid(rng)) for _ in range(size)]
+    key, value = pairs[rng.randrange(size // 4, size - size // 4)]
+    body = ",\n ".join(f'"{k}": "{v}"' for k, v in pairs)
+    return _KV_HEAD + body + _KV_TAIL.format(key=key), value
+
+
+def _multi_needle(rng: random.Random, size: int) -> tuple[str, str]:
+    sentences = [rng.choice(_FILLER) for _ in range(size)]
+    cities = rng.sample(_CITIES, _NUM_NEEDLES)
+    numbers = [str(number) for number in rng.sample(range(1_000_000, 10_000_000), _NUM_NEEDLES)]
+    places = sorted(rng.sample(range(size), _NUM_NEEDLES), reverse=True)
+    # The asked-for needle is the middle one.
+    for place, city, number in zip(places, cities, numbers, strict=True):
+        sentences.insert(place, _NEEDLE.format(city=city, number=number))
+    asked = _NUM_NEEDLES // 2
+    return " ".join(sentences) + _NEEDLE_TAIL.format(city=cities[asked]), numbers[asked]
+
+
+def _uuid(rng: random.Random) -> str:
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+
+def _asked(tokenizer: Any, text: str) -> str:
+    """The text as a user's turn where the tokenizer has a chat template, with the start of the answer."""
+    if getattr(tokenizer, "chat_template", None):
+        return _templated(tokenizer, [{"role": "user", "content": text}], where="chat template")
+    return text + "\nAnswer: "
+
+
+def _templated(tokenizer: Any, messages: list[Any], *, where: str) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(f'{where}: this tokenizer has no chat template for "messages"; give the text as "prompt"')
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:
+        raise ValueError(f"{where}: the tokenizer's chat template refuses it: {error}") from None
+    return text
+
+
+def _encode(tokenizer: Any, kind: str, text: str, answer: str) -> Prompt:
+    # A template brings its own special tokens.
+    bos = getattr(tokenizer, "bos_token", None)
+    tokens = tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids
+    answer_tokens = tokenizer(answer, add_special_tokens=False).input_ids
+    return Prompt(kind, text, answer, Sample(tuple(tokens), tuple(answer_tokens)))
+
+
+def describe(prompts: list[Prompt]) -> Iterator[str]:
+    """One line a kind: how many, of which lengths."""
+    for kind in sorted({prompt.kind for prompt in prompts}):
+        lengths = [len(prompt.sample.prompt) for prompt in prompts if prompt.kind == kind]
+        yield f"{len(lengths)} {kind}, {min(lengths)}-{max(lengths)} tokens"
