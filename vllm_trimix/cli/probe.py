@@ -65,6 +65,9 @@ def run(args: argparse.Namespace) -> int:
     config = AutoConfig.from_pretrained(args.model, **load)
     dtype = getattr(torch, args.dtype) if args.dtype != "auto" else getattr(config, "dtype", None) or torch.float32
     tokenizer = AutoTokenizer.from_pretrained(args.model, **load)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if args.prompts is None and limit is not None and args.length > limit:
+        raise ValueError(f"--length: {args.length} tokens: the model takes {limit}; take shorter prompts")
     if args.prompts is not None:
         chosen = prompts.read(args.prompts, tokenizer)
     else:

@@ -130,12 +130,19 @@ def _fit(
         text, answer = make(rng, size)
         return _encode(tokenizer, kind, _asked(tokenizer, text), answer)
 
-    low, high = _NUM_NEEDLES, _NUM_NEEDLES + 1
-    shortest = len(at(low).sample.prompt)
+    low = _NUM_NEEDLES
+    shortest, longer = (len(at(size).sample.prompt) for size in (low, 4 * low))
     if shortest > length:
         raise ValueError(f"--length: {length} tokens leave no room for a {kind} prompt; the shortest has {shortest}")
+    # Texts grow nearly evenly with their size: begin close to the answer, and bracket it.
+    guess = low + (length - shortest) * 3 * low // (longer - shortest)
+    step = max(1, guess // 64)
+    high = guess + step
     while len(at(high).sample.prompt) <= length:
-        low, high = high, 2 * high
+        low, high = high, high + step
+        step *= 2
+    if guess - step > low and len(at(guess - step).sample.prompt) <= length:
+        low = guess - step
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if len(at(middle).sample.prompt) <= length else (low, middle)

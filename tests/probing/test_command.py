@@ -1,0 +1,183 @@
+"""The command from end to end on a circuit model: what it writes, going on after a stop, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_trimix.cli.main import main
+from vllm_trimix.config import resolve
+from vllm_trimix.demo.circuit import make_demo_model
+from vllm_trimix.demo.circuit_spec import CircuitSpec
+from vllm_trimix.demo.prompts import make_demo_prompt
+from vllm_trimix.patterns.triangle import Triangle
+from vllm_trimix.probing import gradient
+
+ROOT = Path(__file__).parents[2]
+FILES = ["importance.png", "preset.json", "progress.json", "quality.png", "report.md", "scores.json"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("probe") / "model"
+    make_demo_model(path, CircuitSpec(layers=4, lookup_layer=1, answer_layer=2))
+    return path
+
+
+@pytest.fixture(scope="module")
+def prompts(model: Path) -> Path:
+    path = model.parent / "prompts.jsonl"
+    made = [make_demo_prompt(tokens=800, hops=2, seed=seed) for seed in range(4)]
+    path.write_text("".join(json.dumps({"prompt": p.prompt, "answer": p.answer}) + "\n" for p in made))
+    return path
+
+
+def arguments(model: Path, prompts: Path, output: Path) -> list[str]:
+    return ["probe", str(model), "--prompts", str(prompts), "--output", str(output), "--random-orders", "1"]
+
+
+def test_finds_the_layers_and_writes_everything(
+    model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments(model, prompts, tmp_path), "--method", "both"]) == 0
+    out, err = capsys.readouterr()
+    assert "triangle layers: 0,2-3 (3 of 4)" in out
+    assert f'--attention-backend TRIMIX --additional-config \'{{"trimix": {{"preset": "{tmp_path}/preset.json"' in out
+    assert "4 file, 800-800 tokens" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
+    resolved = resolve({"preset": str(tmp_path / "preset.json")}, model="any", num_layers=4)
+    assert (resolved.layers, resolved.triangle) == ((0, 2, 3), Triangle())
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["chosen"] == [0, 2, 3]
+    assert [layer for layer, row in enumerate(scores["ablation"]) if min(row) > 5] == [1]
+    report = (tmp_path / "report.md").read_text()
+    assert "**Triangle layers: 0,2-3** (3 of 4)" in report
+    assert "| 3 (chosen) |" in report
+    assert all(f"({name})" in report for name in ("importance.png", "quality.png"))
+    command = report.split("Repeat: `")[1].split("`")[0].split()
+    assert command[:3] == ["vllm-trimix", "probe", str(model)]
+    assert "--method both" in " ".join(command)
+
+
+def test_ablation_alone(model: Path, prompts: Path, tmp_path: Path) -> None:
+    assert main([*arguments(model, prompts, tmp_path), "--method", "ablation"]) == 0
+    preset = json.loads((tmp_path / "preset.json").read_text())
+    assert preset["layers"] == "0,2-3"
+    assert "ablation of Middle Q-K" in preset["provenance"]["source"]
+
+
+def test_goes_on_where_it_was(
+    model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, done = gradient.score_sample, []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if len(done) == 1:
+            raise KeyboardInterrupt
+        done.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr("vllm_trimix.probing.probe.score_sample", counted)
+    assert main(arguments(model, prompts, tmp_path)) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["progress.json"]
+    done.clear()
+    # One of two samples is done: one call is left, and a second would be an interrupt.
+    assert main(arguments(model, prompts, tmp_path)) == 0
+    assert len(done) == 1
+    # All is done: the same call only writes again.
+    done.append(1)
+    assert main(arguments(model, prompts, tmp_path)) == 0
+    capsys.readouterr()
+    assert main([*arguments(model, prompts, tmp_path), "--score", "gradient", "--last-n", "100"]) == 2
+    error = capsys.readouterr().err
+    assert "is of a probe with another pattern, score; choose another folder, or remove it" in error
+
+
+def test_ctrl_c_keeps_what_is_done(model: Path, prompts: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vllm_trimix.cli.main", *arguments(model, prompts, tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 240
+        while not (tmp_path / "progress.json").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "Traceback" not in err
+        assert json.loads((tmp_path / "progress.json").read_text())["results"]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            ["--length", "600"],
+            "--length: the triangle hides nothing up to 648 tokens (n_init + n_local + last_n), got 600",
+        ),
+        (["--samples", "3"], "--samples: 3 is too small; the least is 4"),
+        (["--n-local", "0"], "--n-local: 0 is too small; the least is 1"),
+        (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--device", "cuda"], "--device: cuda: this torch sees no CUDA device; use cpu"),
+        (["--device", "toaster"], "--device: toaster: "),
+        (["--length", "700000"], "--length: 700000 tokens: the model takes 131072; take shorter prompts"),
+    ],
+)
+def test_bad_input(
+    model: Path, tmp_path: Path, change: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["probe", str(model), "--output", str(tmp_path / "out"), *change]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["probe", str(tmp_path / "nothing"), "--output", str(tmp_path / "out")]) == 2
+    assert "nothing" in capsys.readouterr().err
+
+
+def test_too_little_memory(
+    model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vllm_trimix.probing.memory.available_bytes", lambda device: 2**20)
+    assert main(arguments(model, prompts, tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert "the probe needs about 0.0 GiB on cpu for 80" in error or "the probe needs about 0.1 GiB on cpu" in error
+    assert "take shorter prompts (--length)" in error
+
+
+def test_too_few_prompts(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b"}')
+    assert main(arguments(model, path, tmp_path / "out")) == 2
+    assert "1 prompts: two to score and two held out" in capsys.readouterr().err
+
+
+def test_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presets"]) == 0
+    listed = capsys.readouterr().out
+    assert main(["presets", "list"]) == 0
+    assert capsys.readouterr().out == listed
+    assert "meta-llama/Llama-3.1-8B-Instruct       layers 16-" in listed
+    assert all("  " in line and len(line.split("  ")[-1]) > 10 for line in listed.splitlines())
+    assert main(["presets", "show", "Qwen/Qwen3-8B"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"] == "5,7,10,15-35"
+    assert main(["presets", "show", "who/knows"]) == 2
+    assert "`vllm-trimix probe MODEL` makes one for any model" in capsys.readouterr().err
