@@ -211,10 +211,9 @@ def resolve(raw: object, *, model: str, num_layers: int, model_entry: object = N
         )
     else:
         raise ValueError(
-            f"TRIMIX has no preset for model {model!r} and will not guess its layers. Set them, e.g. "
-            f'--additional-config \'{{"trimix": {{"starting_layer": {num_layers // 2}}}}}\', '
-            "after an evaluation on this model (README, 'Choosing layers'); or name a preset: "
-            '{"trimix": {"preset": NAME}}'
+            f"TRIMIX has no preset for model {model!r} and will not guess its layers. `vllm-trimix probe` finds them "
+            'and writes a preset: {"trimix": {"preset": FILE}}; or set them, e.g. --additional-config '
+            f'\'{{"trimix": {{"starting_layer": {num_layers // 2}}}}}\' (README, \'Choosing layers\')'
         )
 
     def setting(key: str, default: Any) -> Any:
