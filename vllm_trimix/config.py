@@ -213,7 +213,7 @@ def resolve(raw: object, *, model: str, num_layers: int, model_entry: object = N
         raise ValueError(
             f"TRIMIX has no preset for model {model!r} and will not guess its layers. `vllm-trimix probe` finds them "
             'and writes a preset: {"trimix": {"preset": FILE}}; or set them, e.g. --additional-config '
-            f'\'{{"trimix": {{"starting_layer": {num_layers // 2}}}}}\' (README, \'Choosing layers\')'
+            f"'{{\"trimix\": {{\"starting_layer\": {num_layers // 2}}}}}' (README, 'Choosing layers')"
         )
 
     def setting(key: str, default: Any) -> Any:

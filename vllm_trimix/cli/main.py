@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "make-bench-model": ("vllm_trimix.cli.make_bench_model", "write a Llama-shaped config and tokenizer, no weights"),
     "make-demo-model": ("vllm_trimix.cli.make_demo_model", "write the hand-set retrieval model, no download"),
     "make-demo-prompt": ("vllm_trimix.cli.make_demo_prompt", "print a prompt with a known answer as JSON"),
+    "make-trained-model": ("vllm_trimix.cli.make_trained_model", "train a small retrieval model from scratch"),
     "presets": ("vllm_trimix.cli.presets", "list the shipped presets, or show one"),
     "probe": ("vllm_trimix.cli.probe", "find the triangle layers of a model, with the evidence"),
 }

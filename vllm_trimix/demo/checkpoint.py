@@ -6,6 +6,7 @@ Everything is written as plain JSON with sorted contents, so that a second run g
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +21,31 @@ _CHAT_TEMPLATE = (
 )
 
 
-def write_checkpoint(directory: Path, config: dict[str, Any], *, generator: str) -> None:
+def write_checkpoint(
+    directory: Path, config: dict[str, Any], *, generator: str, words: Sequence[str] | None = None
+) -> None:
     """Writes config, generation config and tokenizer; makes the directory.
 
     Args:
         directory: New, empty, or holding a checkpoint that this function wrote.
         config: Contents of config.json, without the token ids and the generator mark.
         generator: The command that makes the checkpoint, kept in config.json.
+        words: The tokens in the order of their ids; None for the demo language's.
 
     Raises:
         ValueError: The directory is a file or holds something else.
     """
-    _refuse_foreign(directory)
+    refuse_foreign(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    words = vocabulary() if words is None else words
     token_ids = {
-        "bos_token_id": vocabulary().index(BOS),
-        "eos_token_id": vocabulary().index(EOS),
-        "pad_token_id": vocabulary().index(EOS),
+        "bos_token_id": words.index(BOS),
+        "eos_token_id": words.index(EOS),
+        "pad_token_id": words.index(EOS),
     }
     _write_json(directory / "config.json", config | token_ids | {_MARK: generator})
     _write_json(directory / "generation_config.json", token_ids | {"do_sample": False})
-    build_tokenizer().save(str(directory / "tokenizer.json"))
+    build_tokenizer(words).save(str(directory / "tokenizer.json"))
     _write_json(
         directory / "tokenizer_config.json",
         {
@@ -49,15 +54,19 @@ def write_checkpoint(directory: Path, config: dict[str, Any], *, generator: str)
             "bos_token": BOS,
             "eos_token": EOS,
             "pad_token": EOS,
-            "model_max_length": MAX_POSITIONS,
+            "model_max_length": config["max_position_embeddings"],
             "clean_up_tokenization_spaces": False,
             "chat_template": _CHAT_TEMPLATE,
         },
     )
 
 
-def _refuse_foreign(directory: Path) -> None:
-    """Somebody's real model must not lose its config.json to a mistyped path."""
+def refuse_foreign(directory: Path) -> None:
+    """Somebody's real model must not lose its config.json to a mistyped path.
+
+    Raises:
+        ValueError: The directory is a file or holds something that no command of this package wrote.
+    """
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
     try:

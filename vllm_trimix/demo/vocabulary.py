@@ -9,6 +9,7 @@ is ``<unk>``: harmless, and matched by nothing.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -121,11 +122,11 @@ def vocabulary() -> tuple[str, ...]:
     return (*SPECIALS, *TRIGGERS, *map(str, CODES), *NAMES, *sorted(words - {*TRIGGERS, *NAMES}))
 
 
-def build_tokenizer() -> Tokenizer:
-    """A word-level tokenizer that puts BOS at position 0, where the circuit needs it."""
+def build_tokenizer(words: Sequence[str]) -> Tokenizer:
+    """A word-level tokenizer of these tokens that puts BOS at position 0, where the circuit needs it."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    ids = {word: index for index, word in enumerate(vocabulary())}
+    ids = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
