@@ -181,6 +181,8 @@ def plot_quality(outcome: Outcome, path: Path) -> None:
     axes.axhline(MAX_DROP, color="black", linewidth=0.8)
     axes.axvline(len(outcome.chosen), color="#009E73", linewidth=1)
     axes.set_yscale("symlog", linthresh=MAX_DROP)
+    lowest = min(statistics.fmean(values) for rows in outcome.drops.values() for values in rows)
+    axes.set_ylim(bottom=min(-0.5 * MAX_DROP, 1.5 * lowest))
     axes.set_xlabel("k layers in triangle")
     axes.set_ylabel("answer's log-probability lost (nats)")
     axes.legend(frameon=False, fontsize="small")
