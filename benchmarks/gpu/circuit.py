@@ -9,7 +9,7 @@ from benchmarks.gpu.report import Report
 from vllm_trimix.demo.circuit import make_demo_model
 from vllm_trimix.demo.circuit_spec import CircuitSpec
 from vllm_trimix.demo.prompts import DemoPrompt, make_demo_prompt
-from vllm_trimix.demo.vocabulary import build_tokenizer
+from vllm_trimix.demo.vocabulary import build_tokenizer, vocabulary
 from vllm_trimix.patterns.triangle import Triangle
 
 _SPEC = CircuitSpec()
@@ -21,7 +21,7 @@ def circuit(report: Report) -> None:
     """One and two hops, triangle and opted out, with the lookup layer dense and then sparse."""
     model = report.folder / "model"
     make_demo_model(model, _SPEC)
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(vocabulary())
     asked = [
         make_demo_prompt(tokens=length, hops=hops, seed=seed)
         for length in report.settings["lengths"]

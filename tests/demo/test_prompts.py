@@ -18,7 +18,7 @@ from vllm_trimix.patterns.triangle import Triangle
 
 STATEMENT = re.compile(r"The vault code of (\w+) (is|matches) (\w+)\.")
 
-TOKENIZER = cache(vocabulary.build_tokenizer)
+TOKENIZER = cache(lambda: vocabulary.build_tokenizer(vocabulary.vocabulary()))
 
 
 def tokenize(prompt: DemoPrompt) -> list[str]:
