@@ -170,6 +170,16 @@ def test_too_few_prompts(model: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "1 prompts: two to score and two held out" in capsys.readouterr().err
 
 
+def test_wrong_answers_recommend_nothing(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Generated prompts are not of this model's task. Each half holds both kinds."""
+    command = ["probe", str(model), "--length", "1300", "--samples", "4", "--random-orders", "0"]
+    assert main([*command, "--output", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "The model rarely gives these answers even densely" in out
+    assert "vllm serve" not in out
+    assert "**The model rarely gives these answers" in (tmp_path / "report.md").read_text()
+
+
 def test_presets(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["presets"]) == 0
     listed = capsys.readouterr().out

@@ -26,7 +26,7 @@ def probed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A circuit model whose lookup layer the probe doesn't know, and the probe's folder."""
     folder = tmp_path_factory.mktemp("served")
     make_demo_model(folder / "model", CircuitSpec(layers=8, lookup_layer=4, answer_layer=6))
-    prompts = [make_demo_prompt(tokens=800, hops=1 + seed // 2 % 2, seed=seed) for seed in range(8)]
+    prompts = [make_demo_prompt(tokens=800, hops=1 + seed % 2, seed=seed) for seed in range(8)]
     lines = [json.dumps({"prompt": prompt.prompt, "answer": prompt.answer}) for prompt in prompts]
     (folder / "prompts.jsonl").write_text("\n".join(lines))
     command = ["probe", str(folder / "model"), "--prompts", str(folder / "prompts.jsonl"), "--random-orders", "0"]

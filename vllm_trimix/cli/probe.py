@@ -32,7 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--output", type=Path, default=Path("trimix-probe"), metavar="DIR", help="folder for the results")
     add("--prompts", type=Path, metavar="FILE", help='JSON lines {"prompt": ..., "answer": ...} instead of generated')
     add("--length", type=int, default=8192, metavar="N", help="longest generated prompt, in tokens")
-    add("--samples", type=int, default=16, metavar="K", help="generated prompts; every second one is held out")
+    add("--samples", type=int, default=16, metavar="K", help="generated prompts; half of them are held out")
     add("--method", choices=("gradient", "ablation", "both"), default="gradient", help="ablation: slower, the truth")
     add("--score", choices=_SCORES, default="contribution", help="gradient score that ranks the layers")
     add("--objective", choices=("logit", "logprob"), default="logit", help="what the gradient is of")
@@ -48,7 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Probes. Returns 1 if no layer can be a triangle layer: then the preset holds none.
+    """Probes. Returns 1 if no layer can be a triangle layer, or the answers are wrong anyway.
 
     Raises:
         ValueError: Something the user got wrong, or too little memory.
@@ -99,8 +99,9 @@ def run(args: argparse.Namespace) -> int:
         outcome = probe.run(
             _load(args.model, dtype, device, load),
             settings,
-            scored=[prompt.sample for prompt in chosen[::2]],
-            held_out=[prompt.sample for prompt in chosen[1::2]],
+            # By pairs, as generated prompts are of two kinds by turns.
+            scored=[prompt.sample for index, prompt in enumerate(chosen) if index % 4 < 2],
+            held_out=[prompt.sample for index, prompt in enumerate(chosen) if index % 4 >= 2],
             saved=saved,
             progress=bars.update,
         )
@@ -113,6 +114,9 @@ def _say(outcome: Any, preset: Path, folder: Path) -> int:
 
     print(f"triangle layers: {format_layers(outcome.chosen)} ({len(outcome.chosen)} of {len(outcome.importance)})")
     print(f"report: {folder / 'report.md'}")
+    if outcome.correct["importance"][0] < 0.5:
+        print("The model rarely gives these answers even densely: the choice proves little. Take other --prompts.")
+        return 1
     if not outcome.chosen:
         print("No layer can be a triangle layer without a loss on these prompts.")
         return 1

@@ -73,7 +73,7 @@ def markdown(outcome: Outcome, environment: dict[str, str], prompts: list[str], 
         f"**Triangle layers: {format_layers(outcome.chosen)}** ({k} of {len(outcome.importance)}).",
         "",
         f"- Pattern: n_init {pattern.n_init}, n_local {pattern.n_local}, last_n {pattern.last_n}.",
-        f"- Prompts: {'; '.join(prompts)}; every second one held out for the choice.",
+        f"- Prompts: {'; '.join(prompts)}; half of them held out for the choice.",
         f"- Held-out answers, dense: {dense:.0%} the likeliest token by token, mean log-probability "
         f"{statistics.fmean(outcome.logprobs):.3f} nats.",
         f"- Choice: the largest k whose answers lose at most {MAX_DROP} nats on average, by the upper end of its "
