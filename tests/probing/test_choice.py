@@ -66,13 +66,15 @@ def test_windowed_layers_are_found() -> None:
             assert triangle.sliding_layers(sample(60, 1)) == layers
 
 
-def test_only_the_lookup_layer_costs_the_answer() -> None:
-    model, tokenizer = circuit()
+@pytest.mark.parametrize("lookup", [1, 2, 3, 4, 5])
+def test_ablation_finds_the_lookup_layer_at_every_depth(lookup: int) -> None:
+    model, tokenizer = circuit(lookup=lookup)
     probe = question(tokenizer, tokens=800, hops=2, seed=3)
     with TriangleModel(model, Triangle()) as triangle:
         dense = triangle.quality(probe, ())
         for layer in range(8):
             now = triangle.quality(probe, (layer,))
-            assert now.correct is (layer != 3)
-            assert (dense.logprob - now.logprob > 5) is (layer == 3)
-        assert triangle.quality(probe, (0, 1, 2, 4, 5, 6, 7)).logprob == pytest.approx(dense.logprob, abs=1e-6)
+            assert now.correct is (layer != lookup)
+            assert (dense.logprob - now.logprob > 5) is (layer == lookup)
+        others = set(range(8)) - {lookup}
+        assert triangle.quality(probe, others).logprob == pytest.approx(dense.logprob, abs=1e-6)
