@@ -10,6 +10,8 @@ import re
 import subprocess
 from pathlib import Path
 
+from vllm_trimix.hardware import cpu_name, cpuinfo
+
 _HERE = Path(__file__).parent
 
 
@@ -21,14 +23,12 @@ def environment() -> dict[str, object]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    cpuinfo = Path("/proc/cpuinfo").read_text()
     # "flags" on x86, "Features" on ARM, which names no model.
-    flags = set(" ".join(re.findall(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)[:1]).split())
-    models = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    flags = set(" ".join(re.findall(r"^(?:flags|Features)\s*:(.*)$", cpuinfo(), re.MULTILINE)[:1]).split())
     return {
         "date": datetime.date.today().isoformat(),
         "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=7"),
-        "cpu": models[0] if models else platform.machine(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "avx512_bf16": "avx512_bf16" in flags,
         "amx": "amx_bf16" in flags,

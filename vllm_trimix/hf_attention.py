@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vllm_trimix.config import parse_layers, resolve
+from vllm_trimix.config import resolve
 from vllm_trimix.patterns.triangle import Triangle
 
 NAME = "vllm_trimix"
@@ -117,7 +117,7 @@ def install(model: Any, *, layers: Iterable[int], pattern: Triangle) -> Triangle
 
     num_layers = model.config.get_text_config().num_hidden_layers
     settings = TriangleAttention(
-        frozenset(parse_layers(list(layers), num_layers=num_layers)),
+        frozenset(layers),
         pattern,
         model=weakref.ref(model),
         _previous=model.config._attn_implementation,
@@ -173,7 +173,7 @@ def attend(
         assert pattern is not None
         block_keys = _band_keys(pattern, first + start, first + stop, q.device)
         visible = pattern.mask(_rows(first + start, first + stop, q.device), block_keys, prompt_len)
-        block_k, block_v = (_select(x, block_keys) for x in (k, v))
+        block_k, block_v = (x.index_select(2, block_keys) for x in (k, v))
         out[:, :, start:stop] = _attend_block(q[:, :, start:stop], block_k, block_v, visible, scale, soft_cap)
     for start, stop in _blocks(body, num_rows):
         visible = dense_mask(first + start, first + stop, sliding_window, q.device)
@@ -247,10 +247,6 @@ def _band_keys(pattern: Triangle, start: int, stop: int, device: torch.device) -
     window = max(0, start - pattern.n_local + 1)
     sinks = min(pattern.n_init, window)
     return torch.cat([torch.arange(sinks, device=device), torch.arange(window, stop, device=device)])
-
-
-def _select(x: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    return x.index_select(2, keys)
 
 
 def _attend_block(

@@ -50,7 +50,7 @@ class Plan:
     """One step's schedule.
 
     Attributes:
-        triangle: Spans the triangle kernel computes; empty means the whole step is dense.
+        triangle: Spans the triangle kernel computes; without any, and without tails, the whole step is dense.
         tails: Dense spans of the last prompt rows, few against many keys: the triangle kernel computes them too, with
             their keys split.
         dense: Spans left to the stock kernel. Each ends at the end of its request's scheduled rows.

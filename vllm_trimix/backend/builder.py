@@ -222,10 +222,10 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
         Every dense span ends where its request's scheduled rows end, so that the request's key count is its own.
         """
         assert self._dense_builder is not None
-        query_start_loc, *indices = uploaded
+        query_start_loc, index, *rows = uploaded
         # PyTorch indexes by int64: converted once here instead of at every use.
-        index, *rows = (array.long() for array in indices)
-        selection = rows[0] if rows else slice(dense.first_row, dense.first_row + dense.num_rows)
+        index = index.long()
+        selection = dense.selection(rows[0] if rows else None)
         requests_cpu = torch.from_numpy(dense.indices)
         bound = common.seq_lens_cpu_upper_bound
         assert bound is not None

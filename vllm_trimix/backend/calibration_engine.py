@@ -16,7 +16,6 @@ import random
 import re
 import sys
 import time
-from pathlib import Path
 from typing import Any, NoReturn
 
 from vllm import SamplingParams
@@ -29,6 +28,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from vllm_trimix.backend import compat, settings
 from vllm_trimix.backend.registration import NAME, register_trimix
 from vllm_trimix.calibration import LONGEST, SHORTEST, VARIANTS
+from vllm_trimix.hardware import cpu_name, cpuinfo
 
 # A served engine chooses its chunk sizes by this.
 _CONTEXT = UsageContext.OPENAI_API_SERVER
@@ -159,13 +159,9 @@ def hardware(world_size: int) -> str:
     """The devices that compute, in words."""
     if not current_platform.is_cpu():
         return f"{world_size} x {current_platform.get_device_name()}"
-    cpuinfo = ""
-    with contextlib.suppress(OSError):
-        cpuinfo = Path("/proc/cpuinfo").read_text()
-    name = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    flags = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if re.search(rf"\b{flag}\b", cpuinfo)]
+    flags = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if re.search(rf"\b{flag}\b", cpuinfo())]
     extensions = f" ({', '.join(flags)})" if flags else ""
-    return f"{name[1] if name else platform.machine()}{extensions}, {len(os.sched_getaffinity(0))} cores usable"
+    return f"{cpu_name()}{extensions}, {len(os.sched_getaffinity(0))} cores usable"
 
 
 def versions() -> dict[str, str]:

@@ -43,7 +43,6 @@ class FlashMergePrefill:
     Allocates nothing itself, but the gathered queries of steps whose spans are scattered.
     """
 
-    exact: ClassVar[bool] = True
     max_tail_rows: ClassVar[int] = 0
 
     def __init__(

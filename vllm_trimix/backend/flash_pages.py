@@ -84,7 +84,6 @@ def list_pages(spans: list[Span], *, n_init: int, n_local: int, block_size: int)
 class FlashPagesPrefill:
     """Tiles as requests of vLLM's FlashAttention. Not exact: a row sees what ``visible`` says."""
 
-    exact: ClassVar[bool] = False
     max_tail_rows: ClassVar[int] = 0
 
     def __init__(

@@ -44,11 +44,9 @@ class TrianglePrefill(Protocol):
     """One way to compute the triangle rows.
 
     Attributes:
-        exact: Whether every row sees exactly its pattern's keys.
         max_tail_rows: Dense spans of the last prompt rows up to this long are its work too.
     """
 
-    exact: ClassVar[bool]
     max_tail_rows: ClassVar[int]
 
     def __init__(
@@ -116,7 +114,6 @@ class TritonStep(NamedTuple):
 class TritonPrefill:
     """Our own kernel: band and last rows in one launch, and one more that merges the last rows' parts."""
 
-    exact: ClassVar[bool] = True
     max_tail_rows: ClassVar[int] = 256
 
     def __init__(

@@ -11,10 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vllm_trimix.hardware import cpu_name
 from vllm_trimix.patterns.triangle import Triangle
-
-# As in vllm_trimix.probing.gradient, which imports torch.
-_SCORES = ("contribution", "gradient", "centred", "mass")
+from vllm_trimix.probing import SCORES
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -34,7 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--length", type=int, default=8192, metavar="N", help="longest generated prompt, in tokens")
     add("--samples", type=int, default=16, metavar="K", help="generated prompts; half of them are held out")
     add("--method", choices=("gradient", "ablation", "both"), default="gradient", help="ablation: slower, the truth")
-    add("--score", choices=_SCORES, default="contribution", help="gradient score that ranks the layers")
+    add("--score", choices=SCORES, default="contribution", help="gradient score that ranks the layers")
     add("--objective", choices=("logit", "logprob"), default="logit", help="what the gradient is of")
     add("--random-orders", type=int, default=2, metavar="R", help="random layer orders to compare with")
     add("--n-init", type=int, default=Triangle.n_init)
@@ -74,9 +73,7 @@ def run(args: argparse.Namespace) -> int:
         chosen = prompts.generate(tokenizer, length=args.length, count=args.samples, seed=args.seed)
     if len(chosen) < 4:
         raise ValueError(f"{len(chosen)} prompts: two to score and two held out for the choice are the least; add some")
-    prompts.check_lengths(
-        chosen, pattern, max_length=getattr(config.get_text_config(), "max_position_embeddings", None)
-    )
+    prompts.check_lengths(chosen, pattern, max_length=limit)
     longest = max(len(prompt.sample.prompt) + len(prompt.sample.answer) for prompt in chosen)
     needed = memory.check(config, length=longest, dtype=dtype, device=device)
     settings = probe.Settings(
@@ -139,13 +136,13 @@ def _pattern(args: argparse.Namespace) -> Triangle:
     ):
         if value < least:
             raise ValueError(f"{flag}: {value} is too small; the least is {least}")
-    if args.prompts is None and args.length <= Triangle(args.n_init, args.n_local, args.last_n).dense_len:
-        pattern = Triangle(args.n_init, args.n_local, args.last_n)
+    pattern = Triangle(args.n_init, args.n_local, args.last_n)
+    if args.prompts is None and pattern.is_dense(args.length):
         raise ValueError(
             f"--length: the triangle hides nothing up to {pattern.dense_len} tokens (n_init + n_local + last_n), "
             f"got {args.length}"
         )
-    return Triangle(args.n_init, args.n_local, args.last_n)
+    return pattern
 
 
 def _device(name: str) -> str:
@@ -172,23 +169,13 @@ def _environment(device: Any) -> dict[str, str]:
     import torch
     import transformers
 
-    name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu()}, {torch.get_num_threads()} threads"
-    )
+    cpu = f"{cpu_name()}, {torch.get_num_threads()} threads"
     return {
-        "device": name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _command(args: argparse.Namespace) -> str:

@@ -73,6 +73,7 @@ class Report:
         async_copies: Asynchronous copies in the PTX: the software pipeline is on.
         loop_instructions: Machine instructions of the loop over the keys, masked steps included; 0 where it isn't one
             block.
+        mask_instructions: Of those, what a step without a mask jumps over.
         loop_waits: Waits for the tensor cores in that loop, on Hopper. The compiler waits after every instruction
             ("serialises") when registers run short: many times the cost, with no spill to show for it.
         compile_s: Compile time in seconds.
@@ -87,6 +88,7 @@ class Report:
     matrix_instructions: int
     async_copies: int
     loop_instructions: int
+    mask_instructions: int
     loop_waits: int
     compile_s: float
 
@@ -127,7 +129,8 @@ def compile_variant(variant: Variant) -> Report:
         async_copies=len(re.findall(r"^\s*(?:@\S+ )?cp\.async\.(?:cg|ca)\.", ptx, re.M)),
         # Blackwell's asynchronous loop is several blocks.
         loop_instructions=0 if instruction == "tcgen05.mma" else len(loop),
-        loop_waits=sum("WARPGROUP.DEPBAR" in line for line in loop),
+        mask_instructions=_skipped(loop),
+        loop_waits=sum("WARPGROUP.DEPBAR" in line for _, line in loop),
         compile_s=round(seconds, 1),
     )
 
@@ -136,13 +139,17 @@ def markdown(reports: list[Report]) -> str:
     """The reports as a Markdown table."""
     lines = [
         "| target | kernel | head size | query / cache | tile | registers | spills (B) | shared (KiB) "
-        "| matrix instructions | instructions, waits in the loop |",
+        "| matrix instructions | instructions (of the mask), waits in the loop |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for report in reports:
         v = report.variant
         matrix = f"{report.matrix_instructions} {report.matrix_instruction}" if report.matrix_instruction else "none"
-        loop = f"{report.loop_instructions}, {report.loop_waits}" if report.loop_instructions else "-"
+        loop = (
+            f"{report.loop_instructions} ({report.mask_instructions}), {report.loop_waits}"
+            if report.loop_instructions
+            else "-"
+        )
         lines.append(
             f"| sm_{v.capability} | {v.kernel} | {v.head_size} | {v.q_dtype} / {v.cache_dtype} | {report.tile} "
             f"| {report.registers} | {report.spill_bytes} | {report.shared_bytes / 1024:.1f} | {matrix} | {loop} |"
@@ -248,7 +255,19 @@ def _compile(
     )
 
 
-def _inspect(cubin: bytes) -> tuple[dict[str, int], list[str]]:
+def _skipped(loop: list[tuple[int, str]]) -> int:
+    """Instructions that the loop's longest forward jump leaves out."""
+    targets = [(at, _target(text)) for at, text in loop]
+    return max((sum(at < other < target for other, _ in loop) for at, target in targets), default=0)
+
+
+def _target(text: str) -> int:
+    """Where an instruction jumps to; -1 if it doesn't."""
+    jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+    return int(jump[1], 16) if jump else -1
+
+
+def _inspect(cubin: bytes) -> tuple[dict[str, int], list[tuple[int, str]]]:
     """Resource counters, and the instructions of the longest loop, by the tool that comes with Triton."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -261,13 +280,11 @@ def _inspect(cubin: bytes) -> tuple[dict[str, int], list[str]]:
         usage, machine_code = dump("-res-usage"), dump("-sass")
     counters = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", machine_code)]
-    longest: list[str] = []
+    longest: list[tuple[int, str]] = []
     for end, text in lines:
-        jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
         # A jump to itself pads the end of the code.
-        if jump and int(jump[1], 16) < end:
-            body = [other for at, other in lines if int(jump[1], 16) <= at <= end]
-            longest = max(longest, body, key=len)
+        if 0 <= _target(text) < end:
+            longest = max(longest, [line for line in lines if _target(text) <= line[0] <= end], key=len)
     return counters, longest
 
 

@@ -6,9 +6,11 @@ No tensors and no Triton: plain integers in NumPy, so that a step's work is one 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
+
+from vllm_trimix.plan import Span
 
 DENSE = -1
 """Column ``num_sinks`` of a dense item: its rows see every key up to their own."""
@@ -21,26 +23,6 @@ IDLE = (0, 0, 0, 0, 0, 0, 0, WHOLE)
 _MIN_SPLIT_KEYS = 512
 # Parts start at multiples of this: of every kernel's step.
 _SPLIT_ALIGNMENT = 128
-
-
-class Rows(Protocol):
-    """A contiguous range of query rows of one request; ``vllm_trimix.plan.Span`` is one."""
-
-    @property
-    def request(self) -> int:
-        """Row of the block table."""
-
-    @property
-    def first_row(self) -> int:
-        """First query row in the batch."""
-
-    @property
-    def num_rows(self) -> int:
-        """Query rows."""
-
-    @property
-    def position(self) -> int:
-        """Absolute position of the first row."""
 
 
 class Work(NamedTuple):
@@ -64,8 +46,8 @@ def max_slots(num_kv_heads: int, target_programs: int) -> int:
 
 
 def cut_work(
-    band: Sequence[Rows],
-    tails: Sequence[Rows],
+    band: Sequence[Span],
+    tails: Sequence[Span],
     *,
     tile_rows: int,
     n_init: int,
@@ -128,9 +110,9 @@ def _parts(lengths: np.ndarray, slots: int) -> np.ndarray:
     return np.minimum(parts, np.maximum(1, lengths // _MIN_SPLIT_KEYS))
 
 
-def _cut_tiles(spans: Sequence[Rows], tile_rows: int) -> np.ndarray:
+def _cut_tiles(spans: Sequence[Span], tile_rows: int) -> np.ndarray:
     """[num_tiles, 4] int32: request, first row, rows, position of the first row."""
-    table = np.array([(s.request, s.first_row, s.num_rows, s.position) for s in spans], dtype=np.int32).reshape(-1, 4)
+    table = np.array(spans, dtype=np.int32).reshape(-1, 4)
     counts = -(-table[:, 2] // tile_rows)
     tiles = np.repeat(table, counts, axis=0)
     # Row offset of each tile within its span.

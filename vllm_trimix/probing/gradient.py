@@ -24,9 +24,9 @@ import torch
 
 from vllm_trimix.hf_attention import TriangleAttention, attend, dense_mask, install
 from vllm_trimix.patterns.triangle import Triangle
+from vllm_trimix.probing import SCORES
 
 SECTIONS = ("streaming", "last", "middle")
-SCORES = ("contribution", "gradient", "centred", "mass")
 Objective = Literal["logit", "logprob"]
 
 # Bytes of one block's probabilities, fp32, and the few tensors of its size that exist at a time.
@@ -129,7 +129,7 @@ def _backward(
             grad_s = weighted - probabilities * weighted.sum(-1, keepdim=True)
             for index, mask in enumerate(sections):
                 for column, tensor in enumerate((weighted, grad_p, grad_s, probabilities)):
-                    recorder.sums[layer, index, column] += (tensor * mask).abs().sum(dtype=torch.float64).cpu()
+                    recorder.sums[layer, index, column] += (tensor * mask).abs().sum(dtype=torch.float64)
             if slope is not None:
                 grad_s *= slope
             grad_s *= scale
@@ -174,7 +174,9 @@ def score_sample(model: Any, sample: Sample, pattern: Triangle, *, objective: Ob
         ValueError: The model's attention can't be replaced, or wasn't used.
     """
     num_layers = model.config.get_text_config().num_hidden_layers
-    recorder = _Recorder(pattern, len(sample.prompt), torch.zeros(num_layers, len(SECTIONS), len(SCORES)).double())
+    # On the device: a backward pass adds to it thousands of times and must not wait for each.
+    sums = torch.zeros(num_layers, len(SECTIONS), len(SCORES), dtype=torch.float64, device=model.device)
+    recorder = _Recorder(pattern, len(sample.prompt), sums)
     with _probing(model, recorder):
         logits = answer_logits(model, sample)
         answer = torch.tensor(sample.answer, device=logits.device)
@@ -188,7 +190,7 @@ def score_sample(model: Any, sample: Sample, pattern: Triangle, *, objective: Ob
 
 
 def _normalised(recorder: _Recorder, rows: int, heads: int) -> dict[str, list[list[float]]]:
-    contribution, gradient, centred, mass = recorder.sums.unbind(-1)
+    contribution, gradient, centred, mass = recorder.sums.cpu().unbind(-1)
     visible = dense_pairs(recorder.pattern, recorder.prompt_len, rows)
     pairs = torch.tensor([max(1, count) for count in visible], dtype=torch.float64) * heads
     found = {
