@@ -1,0 +1,67 @@
+"""The lists that the sparse kernels walk, made of a selection on its own device, without waiting for it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from vllm_trimix.patterns.selection import Selection, Tiles
+
+
+class SparseIndex(NamedTuple):
+    """Key blocks and single keys of each tile of query rows; every key at most once for a tile.
+
+    Attributes:
+        tiles: The rows.
+        block_count: Blocks of a tile, int32 [num_heads, num_tiles], at least 1.
+        block_index: Their numbers, ascending, the tile's own last, int32 [num_heads, num_tiles, max_blocks]; what lies
+            past a tile's count is undefined.
+        column_count: Single keys of a tile, int32 [num_heads, num_tiles]; None when no head has any.
+        column_index: Their positions, ascending, all before the tile and in none of its blocks,
+            int32 [num_heads, num_tiles, max_columns]; past a tile's count undefined. None likewise.
+        band: As ``Selection.band``: of blocks' keys, those below ``band[0]`` or fewer than ``band[1]`` back.
+    """
+
+    tiles: Tiles
+    block_count: torch.Tensor
+    block_index: torch.Tensor
+    column_count: torch.Tensor | None
+    column_index: torch.Tensor | None
+    band: torch.Tensor | None
+
+    def keys_read(self) -> torch.Tensor:
+        """Keys that a kernel loads for each tile, int32 [num_heads, num_tiles]; its own block up to its last row."""
+        tiles = self.tiles
+        ends = (tiles.numbers(self.block_count.device) + 1) * tiles.block_size
+        unread = (ends - (tiles.position + tiles.num_rows)).clamp(min=0)
+        keys = self.block_count * tiles.block_size - unread
+        return (keys if self.column_count is None else keys + self.column_count).int()
+
+
+def build_index(selection: Selection) -> SparseIndex:
+    """Lists a selection's blocks and, of its columns, for each tile those before it that no block holds."""
+    tiles, blocks, columns = selection.tiles, selection.blocks, selection.columns
+    numbers = torch.arange(tiles.num_blocks, dtype=torch.int32, device=blocks.device)
+    block_count, block_index = _compact(blocks, numbers.expand_as(blocks))
+    if columns is None:
+        return SparseIndex(tiles, block_count, block_index, None, None, selection.band)
+    num_heads, max_columns = columns.shape
+    owner = (columns // tiles.block_size).clamp(max=tiles.num_blocks - 1)
+    wide = owner[:, None].expand(num_heads, tiles.num_tiles, max_columns)
+    before = columns[:, None] < (tiles.numbers(blocks.device) * tiles.block_size)[None, :, None]
+    keep = before & ~blocks.gather(2, wide)
+    column_count, column_index = _compact(keep, columns.int()[:, None].expand_as(keep))
+    return SparseIndex(tiles, block_count, block_index, column_count, column_index, selection.band)
+
+
+def _compact(keep: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Counts of the kept values in the last dimension, and the values themselves, first."""
+    place = keep.cumsum(-1, dtype=torch.int32)
+    count = place[..., -1].contiguous()
+    # What is not kept goes to one more place, which is cut off.
+    size = keep.shape[-1]
+    place = torch.where(keep, place - 1, size).long()
+    compact = torch.empty(*keep.shape[:-1], size + 1, dtype=torch.int32, device=keep.device)
+    compact.scatter_(-1, place, values)
+    return count, compact[..., :size]
