@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_trimix.config import Resolved, TrimixConfig, format_layers, is_preset_file
+from vllm_trimix.config import Resolved, TrimixConfig, is_preset_file
 from vllm_trimix.intervals import interval_confidence, median_interval
+from vllm_trimix.layers import format_layers
 
 SOURCE = "vllm-trimix calibrate"
 DENSE, TRIANGLE = "dense", "triangle"

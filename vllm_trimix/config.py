@@ -7,15 +7,17 @@ with a preset and the model's facts into the ``Resolved`` settings that every pr
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
-from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from vllm_trimix.layers import parse_layers
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.presets import find_preset
+from vllm_trimix.shallow import Shallow, resolve_shallow
 
 DenseBackend = Literal["FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "CPU_ATTN"]
 
@@ -42,6 +44,8 @@ class TrimixConfig(BaseModel):
         dense_backend: The stock backend to build on; unset means the platform's own choice.
         prompt_logprobs: What requests that read prompt rows measure: stock vLLM ("dense") or the mask ("triangle").
         stats_log_interval: Seconds between the log lines that say what ran; 0 turns them off.
+        shallow: A dynamic pattern for layers outside the triangle set, see ``vllm_trimix.shallow``; ``"dense"`` for
+            none, where the preset has one.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -56,6 +60,7 @@ class TrimixConfig(BaseModel):
     dense_backend: DenseBackend | None = None
     prompt_logprobs: Literal["dense", "triangle"] = "dense"
     stats_log_interval: float = Field(default=10.0, ge=0)
+    shallow: dict[str, Any] | Literal["dense"] | None = None
 
 
 class Resolved(BaseModel):
@@ -65,6 +70,7 @@ class Resolved(BaseModel):
         layers: Triangle layers, global indices, ascending.
         num_layers: Layers of the model.
         source: Where the layers came from, e.g. ``config``, ``preset:NAME`` or ``preset:FILE+BASE``.
+        shallow: What runs in layers outside the triangle set; None: they are dense.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -79,11 +85,18 @@ class Resolved(BaseModel):
     prompt_logprobs: Literal["dense", "triangle"]
     stats_log_interval: float
     source: str
+    shallow: Shallow | None = None
 
     @property
     def triangle(self) -> Triangle:
         """The pattern's parameters."""
         return Triangle(n_init=self.n_init, n_local=self.n_local, last_n=self.last_n)
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of everything that decides which keys a row sees."""
+        masks = self.model_dump_json(exclude={"dense_backend", "prompt_logprobs", "stats_log_interval", "source"})
+        return hashlib.sha256(masks.encode()).hexdigest()[:16]
 
 
 def parse_config(raw: object) -> TrimixConfig:
@@ -127,53 +140,15 @@ def _explain(raw: dict[str, Any], item: dict[str, Any]) -> str:
         return f"unknown key '{key}' in trimix config{did_you_mean} (valid: {', '.join(valid)})"
     if key == "layers":
         return f'trimix.layers: {raw[key]!r} is not a layer list; write e.g. "16-31", "5,7,10,15-35" or [5, 7]'
+    if key == "shallow":
+        return f'trimix.shallow: {raw[key]!r} is not valid: write e.g. {{"pattern": "flexprefill"}}, or "dense"'
     message = str(item["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
     return f"trimix.{key}: {raw[key]!r} is not valid: should be {message}"
 
 
-def parse_layers(spec: str | Iterable[int | str], *, num_layers: int) -> tuple[int, ...]:
-    """Expands a layer list into ascending global indices.
-
-    Args:
-        spec: ``"5,7,10,15-35"``, or a list of such items and integers. Empty means no layer.
-        num_layers: Layers of the model.
-
-    Raises:
-        ValueError: A malformed item, an inverted range, or an index outside the model.
-    """
-    items = spec.split(",") if isinstance(spec, str) else list(spec)
-    if items == [""]:
-        items = []
-    layers: set[int] = set()
-    for item in items:
-        text = str(item).strip()
-        first, dash, last = text.partition("-")
-        if isinstance(item, bool) or not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(
-                f'trimix.layers: {text!r} in {spec!r} is not a layer or a range; write e.g. "16-31" or "5,7,10,15-35"'
-            )
-        low, high = int(first), int(last or first)
-        if high < low:
-            raise ValueError(f"trimix.layers: range {text!r} runs backwards; write '{high}-{low}'")
-        if high >= num_layers:
-            bad = low if low >= num_layers else high
-            raise ValueError(f"trimix.layers: '{bad}' is outside this model's {num_layers} layers (0-{num_layers - 1})")
-        layers.update(range(low, high + 1))
-    return tuple(sorted(layers))
-
-
-def format_layers(layers: Collection[int]) -> str:
-    """The shortest spelling of a layer set, e.g. ``5,7,10,15-35``; ``none`` when empty."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "none"
-
-
-def resolve(raw: object, *, model: str, num_layers: int, model_entry: object = None) -> Resolved:
+def resolve(
+    raw: object, *, model: str, num_layers: int, model_entry: object = None, num_heads: int | None = None
+) -> Resolved:
     """Merges the user's entry with a preset into what runs.
 
     A preset is, in this order: ``preset`` in the entry (name or file), the ``trimix`` entry of the model's own
@@ -185,6 +160,7 @@ def resolve(raw: object, *, model: str, num_layers: int, model_entry: object = N
         model: The model as the user named it (HF id or path).
         num_layers: Layers of the model.
         model_entry: The ``trimix`` entry of the model's config.json, or None.
+        num_heads: Query heads of a layer, of all devices together; None where a head file can't be used.
 
     Raises:
         ValueError: Bad entry, unreadable preset, layers outside the model, or no way to know the layers.
@@ -234,6 +210,13 @@ def resolve(raw: object, *, model: str, num_layers: int, model_entry: object = N
         prompt_logprobs=config.prompt_logprobs,
         stats_log_interval=config.stats_log_interval,
         source=source,
+        shallow=resolve_shallow(
+            setting("shallow", None),
+            triangle_layers=layers,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            last_n=setting("last_n", Triangle.last_n),
+        ),
     )
 
 
@@ -276,7 +259,7 @@ def _named_preset(name: str, *, where: str, folder: Path, above: tuple[Path, ...
             'one of them must name its "layers" instead of a "base"'
         )
     label = f"preset file {str(path)!r}"
-    entry = _read_json(path, where)
+    entry = _with_own_files(_read_json(path, where), path.resolve().parent)
     if not isinstance(entry, dict) or "base" not in entry:
         return _preset_config(entry, label), path.name
     base = entry["base"]
@@ -288,6 +271,15 @@ def _named_preset(name: str, *, where: str, folder: Path, above: tuple[Path, ...
     # Read at its real place, so that a link to an overlay still finds the base beside it.
     below, below_name = _named_preset(base, where=f"{label}: base", folder=path.resolve().parent, above=chain)
     return _overlaid(own, below), f"{path.name}+{below_name}"
+
+
+def _with_own_files(entry: object, folder: Path) -> object:
+    """A preset file's entry, with the head file that it names seen from its own folder."""
+    if isinstance(entry, dict):
+        shallow = entry.get("shallow")
+        if isinstance(shallow, dict) and isinstance(shallow.get("heads"), str):
+            return {**entry, "shallow": {**shallow, "heads": str(folder / shallow["heads"])}}
+    return entry
 
 
 def _overlaid(own: TrimixConfig, below: TrimixConfig) -> TrimixConfig:

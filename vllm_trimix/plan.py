@@ -1,11 +1,11 @@
-"""The per-step schedule: which query rows the triangle kernel computes, which stay dense, and why.
+"""The per-step schedule: which query rows the sparse kernels compute, which stay dense, and why.
 
 Built once per step on the CPU from plain integers; shared by all layers; no vLLM types and no tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,6 +15,8 @@ DECODE = "decode"
 """Rows at or past the prompt's end: dense by the rule, not a fallback."""
 LAST_N = "last_n"
 """The prompt's last rows: dense by the rule, not a fallback."""
+FEW_KEYS = "few_keys"
+"""Early rows of a long prompt, where a dynamic pattern hides too little to pay: dense by the rule."""
 
 
 class Request(NamedTuple):
@@ -23,10 +25,12 @@ class Request(NamedTuple):
     Attributes:
         prompt_len: Prompt tokens as first submitted.
         dense_reason: Why the whole request stays dense, or None.
+        dynamic_reason: Why it stays dense in the layers of dynamic patterns only, or None.
     """
 
     prompt_len: int
     dense_reason: str | None = None
+    dynamic_reason: str | None = None
 
 
 class Span(NamedTuple):
@@ -63,6 +67,34 @@ class Plan:
     rows: dict[str, int] = field(default_factory=dict)
 
 
+class DynamicSpan(NamedTuple):
+    """Rows that a dynamic pattern computes.
+
+    Attributes:
+        rows: The rows.
+        num_keys: Keys up to the chunk's last prompt row, which may be one of the prompt's last rows and dense itself;
+            the pattern's choice looks from there.
+    """
+
+    rows: Span
+    num_keys: int
+
+
+@dataclass
+class DynamicPlan:
+    """One step's schedule in the layers of dynamic patterns.
+
+    Attributes:
+        spans: Rows that the patterns compute; without any the whole step is dense.
+        dense: Spans left to the stock kernel. Each ends at the end of its request's scheduled rows.
+        rows: Query rows by class: ``dynamic``, ``last_n``, ``decode``, ``few_keys`` and each fallback reason.
+    """
+
+    spans: list[DynamicSpan] = field(default_factory=list)
+    dense: list[Span] = field(default_factory=list)
+    rows: dict[str, int] = field(default_factory=dict)
+
+
 def build_plan(
     query_start_loc: Sequence[int],
     seq_lens: Sequence[int],
@@ -90,27 +122,13 @@ def build_plan(
     plan = Plan()
     triangle, dense, rows = plan.triangle, plan.dense, plan.rows
     last_n, dense_len = pattern.last_n, max(pattern.dense_len, min_prompt_len - 1)
-    for index, request in enumerate(requests):
-        first_row = query_start_loc[index]
-        num_rows = query_start_loc[index + 1] - first_row
-        if num_rows <= 0:
-            continue
-        position = seq_lens[index] - num_rows
-        if request is None:
-            dense.append(Span(index, first_row, num_rows, position))
-            rows["prompt_len_unknown"] = rows.get("prompt_len_unknown", 0) + num_rows
-            continue
+    for span, request in _prompt_spans(query_start_loc, seq_lens, requests, plan):
+        index, first_row, num_rows, position = span
         prompt_len = request.prompt_len
-        if position >= prompt_len:
-            dense.append(Span(index, first_row, num_rows, position))
-            rows[DECODE] = rows.get(DECODE, 0) + num_rows
-            continue
-        reason = step_reason or request.dense_reason or ("short_prompt" if prompt_len <= dense_len else None)
         prompt_rows = min(num_rows, prompt_len - position)
-        if num_rows > prompt_rows:
-            rows[DECODE] = rows.get(DECODE, 0) + num_rows - prompt_rows
+        reason = step_reason or request.dense_reason or ("short_prompt" if prompt_len <= dense_len else None)
         if reason is not None:
-            dense.append(Span(index, first_row, num_rows, position))
+            dense.append(span)
             rows[reason] = rows.get(reason, 0) + prompt_rows
             continue
         body = max(0, min(prompt_rows, prompt_len - last_n - position))
@@ -123,3 +141,80 @@ def build_plan(
         if body < prompt_rows:
             rows[LAST_N] = rows.get(LAST_N, 0) + prompt_rows - body
     return plan
+
+
+def build_dynamic_plan(
+    query_start_loc: Sequence[int],
+    seq_lens: Sequence[int],
+    requests: Sequence[Request | None],
+    *,
+    last_n: int,
+    min_seq_len: int,
+    min_rows: int,
+    step_reason: str | None = None,
+) -> DynamicPlan:
+    """Splits a step's query rows into those of a dynamic pattern and the dense remainder.
+
+    Args:
+        query_start_loc: First row of each request and the end, [num_requests + 1].
+        seq_lens: Keys of each request after this step, [num_requests]; exact for rows below the prompt's end.
+        requests: Each request's prompt length and fallback reasons; None when the prompt length is unknown.
+        last_n: The prompt's last rows, which stay dense.
+        min_seq_len: Chunks that end at fewer prompt tokens stay dense.
+        min_rows: Chunks with fewer rows before the last ones stay dense: choosing would cost what it saves.
+        step_reason: Why no request of this step may be sparse, or None.
+
+    Returns:
+        The plan. Rows of padding requests (no query rows) appear nowhere.
+    """
+    plan = DynamicPlan()
+    rows = plan.rows
+    for span, request in _prompt_spans(query_start_loc, seq_lens, requests, plan):
+        index, first_row, num_rows, position = span
+        prompt_rows = min(num_rows, request.prompt_len - position)
+        body = max(0, min(prompt_rows, request.prompt_len - last_n - position))
+        reason = step_reason or request.dense_reason or request.dynamic_reason
+        if reason is None and position + prompt_rows < min_seq_len:
+            reason = "short_prompt" if request.prompt_len < min_seq_len else FEW_KEYS
+        if reason is None and 0 < body < min_rows:
+            reason = "short_chunk"
+        if reason is not None:
+            plan.dense.append(span)
+            rows[reason] = rows.get(reason, 0) + prompt_rows
+            continue
+        if body:
+            plan.spans.append(DynamicSpan(Span(index, first_row, body, position), position + prompt_rows))
+            rows["dynamic"] = rows.get("dynamic", 0) + body
+        if body < num_rows:
+            plan.dense.append(Span(index, first_row + body, num_rows - body, position + body))
+        if body < prompt_rows:
+            rows[LAST_N] = rows.get(LAST_N, 0) + prompt_rows - body
+    return plan
+
+
+def _prompt_spans(
+    query_start_loc: Sequence[int],
+    seq_lens: Sequence[int],
+    requests: Sequence[Request | None],
+    plan: Plan | DynamicPlan,
+) -> Iterator[tuple[Span, Request]]:
+    """The scheduled rows of each request that has prompt rows among them; counts and plans all others as dense."""
+    dense, rows = plan.dense, plan.rows
+    for index, request in enumerate(requests):
+        first_row = query_start_loc[index]
+        num_rows = query_start_loc[index + 1] - first_row
+        if num_rows <= 0:
+            continue
+        position = seq_lens[index] - num_rows
+        span = Span(index, first_row, num_rows, position)
+        if request is None:
+            dense.append(span)
+            rows["prompt_len_unknown"] = rows.get("prompt_len_unknown", 0) + num_rows
+        elif position >= request.prompt_len:
+            dense.append(span)
+            rows[DECODE] = rows.get(DECODE, 0) + num_rows
+        else:
+            generated = position + num_rows - request.prompt_len
+            if generated > 0:
+                rows[DECODE] = rows.get(DECODE, 0) + generated
+            yield span, request

@@ -6,9 +6,10 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Any
 
-BY_RULE = ("triangle", "last_n", "decode", "cached")
-TOTALS = ("steps", "triangle_layer_rows", "tracked_requests")
+BY_RULE = ("triangle", "dynamic", "last_n", "decode", "few_keys", "cached")
+TOTALS = ("steps", "triangle_layer_rows", "dynamic_layer_rows", "tracked_requests")
 
 
 class Stats:
@@ -16,14 +17,18 @@ class Stats:
 
     - ``cached``: prompt rows that a prefix-cache hit or a KV connector made unnecessary;
 
-    Kept apart: ``triangle_layer_rows``, rows times layers that the triangle kernel really computed, and
-    ``tracked_requests``, the requests known now.
+    Kept apart: ``triangle_layer_rows`` and ``dynamic_layer_rows``, rows times layers that the sparse kernels really
+    computed; ``tracked_requests``, the requests known now; ``dynamic_rows``, the rows by class in the layers of dynamic
+    patterns, where another rule may hold than in the triangle layers.
     """
 
     def __init__(self) -> None:
         self.rows: Counter[str] = Counter()
+        self.dynamic_rows: Counter[str] = Counter()
         self.steps = 0
         self.triangle_layer_rows = 0
+        self.dynamic_layer_rows = 0
+        self._counters: list[Any] = []
         self.tracked_requests = 0
         self._announced: set[str] = set()
 
@@ -31,6 +36,24 @@ class Stats:
         """Adds one step's rows; returns the fallback reasons seen for the first time."""
         self.steps += 1
         self.rows.update(rows)
+        return self._fresh(rows)
+
+    def add_dynamic(self, rows: Mapping[str, int]) -> list[str]:
+        """Adds one step's rows in the layers of dynamic patterns; returns as ``add``."""
+        self.dynamic_rows.update(rows)
+        return self._fresh(rows)
+
+    def watch_keys(self, counter: Any) -> None:
+        """Adds a group of layers whose read keys are counted."""
+        if counter not in self._counters:
+            self._counters.append(counter)
+
+    def density(self) -> float | None:
+        """Share of the keys before a tile of rows that dynamic patterns read, since the start; None before any."""
+        causal = sum(counter.causal for counter in self._counters)
+        return sum(counter.total() for counter in self._counters) / causal if causal else None
+
+    def _fresh(self, rows: Mapping[str, int]) -> list[str]:
         fresh = [reason for reason in rows if reason not in BY_RULE and reason not in self._announced]
         self._announced.update(fresh)
         return fresh
@@ -41,6 +64,7 @@ class Stats:
             **self.rows,
             "steps": self.steps,
             "triangle_layer_rows": self.triangle_layer_rows,
+            "dynamic_layer_rows": self.dynamic_layer_rows,
             "tracked_requests": self.tracked_requests,
         }
 
@@ -52,9 +76,15 @@ class Stats:
         dense = {key: delta[key] for key in sorted(now) if key not in (*BY_RULE, *TOTALS) and delta[key]}
         by_rule = " ".join(f"{key}={delta.get(key, 0)}" for key in BY_RULE)
         reasons = ",".join(f"{key}:{value}" for key, value in dense.items()) or "none"
+        density = self.density()
+        dynamic = (
+            ""
+            if density is None
+            else f"dynamic_layer_rows={delta['dynamic_layer_rows']} density_since_start={density:.3f} "
+        )
         return (
             f"TRIMIX rows: {by_rule} dense={sum(dense.values())} reasons={reasons} "
-            f"triangle_layer_rows={delta['triangle_layer_rows']} requests={now['tracked_requests']}"
+            f"triangle_layer_rows={delta['triangle_layer_rows']} {dynamic}requests={now['tracked_requests']}"
         )
 
 

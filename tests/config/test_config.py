@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from vllm_trimix.config import DEFAULT_MIN_PROMPT_LEN, format_layers, parse_layers, resolve
+from vllm_trimix.config import DEFAULT_MIN_PROMPT_LEN, resolve
+from vllm_trimix.layers import format_layers, parse_layers
 from vllm_trimix.presets import find_preset, preset_names
 
 

@@ -12,7 +12,8 @@ import pytest
 from benchmarks.kernels.prediction import DENSE_FLOP_S, LENGTHS, MATMUL_FLOP_S, markdown, predict
 from vllm_trimix.backend.announce import REASONS
 from vllm_trimix.cli.main import COMMANDS
-from vllm_trimix.config import TrimixConfig, format_layers, parse_config, resolve
+from vllm_trimix.config import TrimixConfig, parse_config, resolve
+from vllm_trimix.layers import format_layers
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.presets import preset_names
 

@@ -4,6 +4,9 @@ Keys and values of a triangle layer's successors differ between triangle and den
 by their own wish (opt-out) or nature (they read prompt rows) must not share cached blocks with the others. Their
 ``cache_salt`` is prefixed, and the decision is stamped into ``extra_args`` for the workers to obey. Triangle requests
 and prompts below the threshold share a namespace, so that chats keep their cache from turn to turn.
+
+With dynamic patterns in the shallow layers, the cached keys depend on the patterns too: all requests that use them
+share a namespace that carries a fingerprint of the configuration, those that asked for the triangle alone have another.
 """
 
 from __future__ import annotations
@@ -15,12 +18,15 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_trimix.backend import compat
+from vllm_trimix.config import Resolved
 
 KEY = "trimix"
 # Stamped by admission, read by workers; users may not set it.
 DENSE_KEY = "trimix_dense"
 SALT = "trimix-dense"
-ALLOWED = ("on", "off")
+TRIANGLE_SALT = "trimix-triangle"
+DYNAMIC_SALT = "trimix-dynamic"
+ALLOWED = ("on", "triangle", "off")
 
 # Connectors that move blocks between two requests of one id (NIXL), key them by vLLM's own salted hashes (offloading),
 # or pass the salt on (LMCache, multi-process).
@@ -66,12 +72,13 @@ def check_extra_args(extra_args: dict[str, Any] | None) -> None:
         return
     if DENSE_KEY in extra_args:
         raise VLLMValidationError(
-            f"vllm_xargs.{DENSE_KEY} is internal; use vllm_xargs.{KEY} with 'on' or 'off'", parameter="vllm_xargs"
+            f"vllm_xargs.{DENSE_KEY} is internal; use vllm_xargs.{KEY} with 'on', 'triangle' or 'off'",
+            parameter="vllm_xargs",
         )
     if KEY in extra_args and extra_args[KEY] not in ALLOWED:
         raise VLLMValidationError(
             f"vllm_xargs.{KEY}: {extra_args[KEY]!r} is not valid; "
-            "allowed values: 'on' (default), 'off' (dense prefill)",
+            "allowed values: 'on' (default), 'triangle' (shallow layers dense), 'off' (all dense)",
             parameter="vllm_xargs",
             value=extra_args[KEY],
         )
@@ -90,6 +97,21 @@ def dense_reason(params: Any, *, resumable: bool, prompt_logprobs: str) -> str |
     if resumable:
         return "streaming_input"
     return None
+
+
+def namespace(resolved: Resolved, reason: str | None, extra_args: dict[str, Any] | None) -> str | None:
+    """The prefix-cache namespace of a request, or None for the common one.
+
+    Args:
+        resolved: What runs.
+        reason: Why the request is dense, or None.
+        extra_args: The request's own arguments.
+    """
+    if reason is not None:
+        return SALT
+    if resolved.shallow is None:
+        return None
+    return TRIANGLE_SALT if (extra_args or {}).get(KEY) == "triangle" else f"{DYNAMIC_SALT}-{resolved.fingerprint}"
 
 
 def _registered(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,12 +136,13 @@ def _admitted(original: Callable[..., Any]) -> Callable[..., Any]:
         from vllm_trimix.backend import settings
 
         _refuse_reserved_salt(request.cache_salt)
-        reason = dense_reason(
-            params, resumable=resumable, prompt_logprobs=settings.of(self.vllm_config).prompt_logprobs
-        )
+        resolved = settings.of(self.vllm_config)
+        reason = dense_reason(params, resumable=resumable, prompt_logprobs=resolved.prompt_logprobs)
+        salt = namespace(resolved, reason, getattr(params, "extra_args", None))
+        if salt is not None:
+            request.cache_salt = salt if request.cache_salt is None else f"{salt}:{request.cache_salt}"
         if reason is not None:
             _refuse_unsalted_connector(self.vllm_config, reason)
-            request.cache_salt = SALT if request.cache_salt is None else f"{SALT}:{request.cache_salt}"
             if request.sampling_params is not None:
                 # A new dict: the user's own may be shared by many requests.
                 extra_args = request.sampling_params.extra_args or {}
@@ -144,10 +167,11 @@ def _beam(original: Callable[..., Any]) -> Callable[..., Any]:
             from vllm.exceptions import VLLMValidationError
 
             check_extra_args(self.vllm_xargs)
-            if (self.vllm_xargs or {}).get(KEY) == "off":
+            choice = (self.vllm_xargs or {}).get(KEY, "on")
+            if choice != "on":
                 raise VLLMValidationError(
-                    f"vllm_xargs.{KEY} 'off' can't be combined with use_beam_search: beam search makes requests of its "
-                    "own, without extra arguments. Leave one of them out",
+                    f"vllm_xargs.{KEY} {choice!r} can't be combined with use_beam_search: beam search makes requests "
+                    "of its own, without extra arguments. Leave one of them out",
                     parameter="vllm_xargs",
                 )
         return original(self, *args, **kwargs)
@@ -159,12 +183,13 @@ def _refuse_reserved_salt(cache_salt: str | None) -> None:
     """A triangle request that carried the dense namespace's salt would fill it with keys of a triangle prefill."""
     from vllm.exceptions import VLLMValidationError
 
-    if cache_salt is not None and cache_salt.startswith(SALT):
-        raise VLLMValidationError(
-            f"cache_salt {cache_salt!r} starts with {SALT!r}, which TRIMIX keeps for dense requests; "
-            "choose another salt",
-            parameter="cache_salt",
-        )
+    for salt in (SALT, TRIANGLE_SALT, DYNAMIC_SALT):
+        if cache_salt is not None and cache_salt.startswith(salt):
+            raise VLLMValidationError(
+                f"cache_salt {cache_salt!r} starts with {salt!r}, which TRIMIX keeps for requests of its own choice; "
+                "choose another salt",
+                parameter="cache_salt",
+            )
 
 
 def _refuse_unsalted_connector(vllm_config: Any, reason: str) -> None:

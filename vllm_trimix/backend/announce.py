@@ -7,13 +7,17 @@ from typing import Any
 from vllm.distributed.parallel_state import get_world_group
 from vllm.logger import init_logger
 
-from vllm_trimix.config import Resolved, format_layers
+from vllm_trimix.config import Resolved
+from vllm_trimix.layers import format_layers
+from vllm_trimix.shallow import Shallow
 from vllm_trimix.stats import Stats, log_periodically
 
 logger = init_logger("vllm.vllm_trimix")
 
 REASONS = {
     "short_prompt": "prompts shorter than min_prompt_len, or short enough for the pattern to hide nothing, stay dense",
+    "opt_out_dynamic": 'requests with vllm_xargs {"trimix": "triangle"} are dense in the shallow layers',
+    "short_chunk": "chunks with fewer rows than a tile are dense in the shallow layers",
     "opt_out": 'requests with vllm_xargs {"trimix": "off"} stay dense',
     "prompt_logprobs": "requests that read prompt rows (prompt_logprobs) stay dense: they measure stock vLLM",
     "pooling": "pooling requests read every prompt row and stay dense",
@@ -52,7 +56,7 @@ def start_line(vllm_config: Any, resolved: Resolved, *, dense: str, kernel: str,
     _started.add(vllm_config.instance_id)
     logger.info(
         "TRIMIX: layers=%s of=%d pattern=triangle n_init=%d n_local=%d last_n=%d min_prompt_len=%d "
-        "dense=%s kernel=%s stock_layers=%s source=%s",
+        "dense=%s kernel=%s stock_layers=%s source=%s shallow=%s",
         format_layers(resolved.layers),
         resolved.num_layers,
         resolved.n_init,
@@ -63,6 +67,17 @@ def start_line(vllm_config: Any, resolved: Resolved, *, dense: str, kernel: str,
         kernel,
         ",".join(f"{layer}:{reason}" for layer, reason in sorted(stock.items())) or "none",
         resolved.source,
+        shallow_label(resolved.shallow),
+    )
+
+
+def shallow_label(shallow: Shallow | None) -> str:
+    """What runs outside the triangle set, in one word of the start-up line."""
+    if shallow is None:
+        return "dense"
+    return (
+        f"{shallow.label}:layers:{format_layers(shallow.layers)}:min_seq_len:{shallow.min_seq_len}:"
+        f"last_n:{shallow.last_n}:source:{shallow.source}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Builds a step's metadata: the dense backend's own, and the plan with everything the triangle layers need."""
+"""Builds a step's metadata: the dense backend's own, and the plans with everything the sparse layers need."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import dataclasses
 from typing import Any, ClassVar
 
 import torch
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 
 from vllm_trimix.backend import announce, requests, settings
+from vllm_trimix.backend.dynamic import KeyCounter, LayerPatterns
 from vllm_trimix.backend.prefill import TrianglePrefill, TritonPrefill
 from vllm_trimix.backend.pseudo_requests import PseudoRequests, pseudo_requests
 from vllm_trimix.backend.upload import upload
-from vllm_trimix.plan import Plan, Span, build_plan
+from vllm_trimix.plan import DynamicPlan, DynamicSpan, Plan, Span, build_dynamic_plan, build_plan
 
 logger = init_logger("vllm.vllm_trimix")
 
@@ -44,6 +46,29 @@ class StepPlan:
     stats: Any
 
 
+@dataclasses.dataclass
+class DynamicStep:
+    """What a layer with dynamic patterns needs for one step, shared by all of them.
+
+    Attributes:
+        spans: Rows of the patterns.
+        num_rows: How many they are.
+        block_table: Page ids, [num_requests, max_blocks], int32, on the device.
+        dense_rows: As ``StepPlan``.
+        dense_metadata: As ``StepPlan``.
+        stats: Counters of this engine.
+        counter: Keys read, of this group's layers.
+    """
+
+    spans: list[DynamicSpan]
+    num_rows: int
+    block_table: torch.Tensor
+    dense_rows: slice | torch.Tensor | None
+    dense_metadata: Any
+    stats: Any
+    counter: KeyCounter
+
+
 class TrimixBuilder(AttentionMetadataBuilder[Any]):
     """Mixed in before the dense backend's builder."""
 
@@ -63,10 +88,13 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
         self.resolved = settings.of(vllm_config)
         self._impls = self._bind_layers(layer_names)
         self._active = [impl for impl in self._impls if impl.trimix_active]
+        dynamic = [impl for impl in self._impls if impl.trimix_dynamic is not None]
         # Builders keep persistent buffers: the dense remainder of a split step needs an instance of its own.
-        self._dense_builder = (
-            self.dense_builder_cls(kv_cache_spec, layer_names, vllm_config, device, **kwargs) if self._active else None
+        self._dense_builder, self._dynamic_dense_builder = (
+            self.dense_builder_cls(kv_cache_spec, layer_names, vllm_config, device, **kwargs) if impls else None
+            for impls in (self._active, dynamic)
         )
+        self._counter = KeyCounter(device) if dynamic else None
         parallel = vllm_config.parallel_config
         self._ubatching = bool(getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False))
         speculative = vllm_config.speculative_config
@@ -88,27 +116,43 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
         """Tells each layer's implementation its global index; returns those that are ours."""
         context = self.vllm_config.compilation_config.static_forward_context
         impls, stock = [], {}
+        sparse = self._sparse_layers()
         for name in layer_names:
             impl: Any = getattr(context[name], "impl", None)
             if not hasattr(impl, "trimix_active"):
                 continue
             layer = extract_layer_index(name)
-            if layer in self.resolved.layers:
+            if layer in sparse:
                 wrapped = "wrapped_backend" if self._wrapped else None
                 reason = wrapped or impl.trimix_dense_reason or _scales_reason(context[name])
-                if reason is None:
+                if reason is not None:
+                    stock[layer] = reason
+                elif layer in self.resolved.layers:
                     impl.trimix_active = True
                 else:
-                    stock[layer] = reason
+                    impl.trimix_dynamic = self._layer_patterns(impl, layer)
             impls.append(impl)
         if impls:
             # Such layers are in KV-cache groups of their own, and other pipeline stages are other processes.
             known = settings.ineligible_layers(self.vllm_config.model_config)
-            stock |= {layer: reason for layer, reason in known.items() if layer in self.resolved.layers}
+            stock |= {layer: reason for layer, reason in known.items() if layer in sparse}
             announce.start_line(
                 self.vllm_config, self.resolved, dense=self.dense_name, kernel=self.trimix_kernel, stock=stock
             )
         return impls
+
+    def _sparse_layers(self) -> set[int]:
+        shallow = self.resolved.shallow
+        return {*self.resolved.layers, *(shallow.layers if shallow is not None else ())}
+
+    def _layer_patterns(self, impl: Any, layer: int) -> LayerPatterns:
+        assert self.resolved.shallow is not None
+        first = get_tensor_model_parallel_rank() * impl.num_heads
+        return LayerPatterns(
+            self.resolved.shallow.heads_of(layer, first, impl.num_heads),
+            num_kv_heads=impl.num_kv_heads,
+            device=self.device,
+        )
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -133,42 +177,60 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        metadata.trimix = None
+        metadata.trimix = metadata.trimix_dynamic = None
         # For the kernel's warm-up, which runs on steps without a plan.
         metadata.trimix_prefill = self._prefill
         metadata.trimix_block_table = common_attn_metadata.block_table_tensor
         step = requests.current()
         if step is not None and not self._wrapped:
-            plan = self._plan(step, common_attn_metadata)
+            rows = self._rows(step, common_attn_metadata)
+            plan, dynamic = self._plan(rows), self._dynamic_plan(rows)
             if not step.planned:
-                self._count(step, plan)
+                self._count(step, plan, dynamic)
             if (plan.triangle or plan.tails) and self._active:
                 metadata.trimix = self._step_plan(plan, step, common_attn_metadata)
+            if dynamic is not None and dynamic.spans and self._counter is not None:
+                same = metadata.trimix if metadata.trimix is not None and dynamic.dense == plan.dense else None
+                metadata.trimix_dynamic = self._dynamic_step(dynamic, same, step, common_attn_metadata)
         return metadata
 
     def build_for_drafting(self, common_attn_metadata: CommonAttentionMetadata, draft_index: int) -> Any:
         with requests.outside_step():
             return super().build_for_drafting(common_attn_metadata, draft_index)
 
-    def _plan(self, step: requests.Step, common: CommonAttentionMetadata) -> Plan:
+    def _rows(self, step: requests.Step, common: CommonAttentionMetadata) -> dict[str, Any]:
+        """What both plans are made of."""
         rows = step.rows(common)
         lens = common.seq_lens_cpu_upper_bound
         if lens is None:
             rows = [None] * len(rows)
-        return build_plan(
-            common.query_start_loc_cpu[: len(rows) + 1].tolist(),
+        return {
+            "query_start_loc": common.query_start_loc_cpu[: len(rows) + 1].tolist(),
             # The bound is exact for every row that is still in its prompt.
-            [0] * len(rows) if lens is None else lens[: len(rows)].tolist(),
-            rows,
+            "seq_lens": [0] * len(rows) if lens is None else lens[: len(rows)].tolist(),
+            "requests": rows,
+            "step_reason": self._step_reason(common),
+        }
+
+    def _plan(self, rows: dict[str, Any]) -> Plan:
+        if not self.resolved.layers:
+            rows = {**rows, "step_reason": rows["step_reason"] or "empty_set"}
+        return build_plan(
+            **rows,
             pattern=self.resolved.triangle,
             min_prompt_len=self.resolved.min_prompt_len,
             max_tail_rows=0 if self._prefill is None else self._prefill.max_tail_rows,
-            step_reason=self._step_reason(common),
+        )
+
+    def _dynamic_plan(self, rows: dict[str, Any]) -> DynamicPlan | None:
+        shallow = self.resolved.shallow
+        if shallow is None:
+            return None
+        return build_dynamic_plan(
+            **rows, last_n=shallow.last_n, min_seq_len=shallow.min_seq_len, min_rows=shallow.largest_block
         )
 
     def _step_reason(self, common: CommonAttentionMetadata) -> str | None:
-        if not self.resolved.layers:
-            return "empty_set"
         if common.causal is not True:
             return "not_causal"
         if _image_rows(common):
@@ -185,24 +247,52 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
             return "graph_replay"
         return None
 
-    def _count(self, step: requests.Step, plan: Plan) -> None:
+    def _count(self, step: requests.Step, plan: Plan, dynamic: DynamicPlan | None) -> None:
         step.planned = True
-        rows = {**plan.rows, "cached": step.cached_rows} if step.cached_rows else plan.rows
-        for reason in step.stats.add(rows):
+        counted = plan.rows if self.resolved.layers or dynamic is None else dynamic.rows
+        fresh = step.stats.add({**counted, "cached": step.cached_rows} if step.cached_rows else counted)
+        if dynamic is not None:
+            fresh += step.stats.add_dynamic(dynamic.rows)
+        for reason in fresh:
             announce.fallback(reason)
+
+    def _dynamic_step(
+        self, plan: DynamicPlan, same: StepPlan | None, step: requests.Step, common: CommonAttentionMetadata
+    ) -> DynamicStep:
+        """Binds a dynamic plan; ``same`` is the triangle's step where its dense remainder serves both."""
+        assert self._counter is not None
+        dense_rows, dense_metadata = None, None
+        if same is not None:
+            dense_rows, dense_metadata = same.dense_rows, same.dense_metadata
+        elif plan.dense:
+            dense = pseudo_requests(plan.dense)
+            uploaded = upload(dense.arrays(), self.device)
+            dense_rows, dense_metadata = self._dense_remainder(dense, uploaded, common, self._dynamic_dense_builder)
+        step.stats.watch_keys(self._counter)
+        return DynamicStep(
+            spans=plan.spans,
+            num_rows=plan.rows["dynamic"],
+            block_table=common.block_table_tensor,
+            dense_rows=dense_rows,
+            dense_metadata=dense_metadata,
+            stats=step.stats,
+            counter=self._counter,
+        )
 
     def _step_plan(self, plan: Plan, step: requests.Step, common: CommonAttentionMetadata) -> StepPlan:
         dense = pseudo_requests(plan.dense) if plan.dense else None
         arrays = [] if self._prefill is None else self._prefill.arrays(plan)
         num_arrays = len(arrays)
         if dense is not None:
-            arrays += [dense.starts, dense.indices, *([] if dense.rows is None else [dense.rows])]
+            arrays += dense.arrays()
         uploaded = upload(arrays, self.device)
         prefill_step, dense_rows, dense_metadata = None, None, None
         if self._prefill is not None:
             prefill_step = self._prefill.bind(plan, uploaded[:num_arrays], common.block_table_tensor)
         if dense is not None:
-            dense_rows, dense_metadata = self._dense_remainder(dense, uploaded[num_arrays:], common)
+            dense_rows, dense_metadata = self._dense_remainder(
+                dense, uploaded[num_arrays:], common, self._dense_builder
+            )
         return StepPlan(
             spans=plan.triangle,
             num_rows=plan.rows.get("triangle", 0),
@@ -215,13 +305,17 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
         )
 
     def _dense_remainder(
-        self, dense: PseudoRequests, uploaded: list[torch.Tensor], common: CommonAttentionMetadata
+        self,
+        dense: PseudoRequests,
+        uploaded: list[torch.Tensor],
+        common: CommonAttentionMetadata,
+        builder: AttentionMetadataBuilder[Any] | None,
     ) -> tuple[slice | torch.Tensor, Any]:
         """Metadata of a batch of pseudo-requests: each dense span, with its request's own pages and keys.
 
         Every dense span ends where its request's scheduled rows end, so that the request's key count is its own.
         """
-        assert self._dense_builder is not None
+        assert builder is not None
         query_start_loc, index, *rows = uploaded
         # PyTorch indexes by int64: converted once here instead of at every use.
         index = index.long()
@@ -248,11 +342,11 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
             _num_computed_tokens_cache=None,
             _token_to_req_indices_cache=None,
         )
-        return selection, self._dense_builder.build(0, remainder)
+        return selection, builder.build(0, remainder)
 
 
 class SharedWorkspace(TrimixBuilder):
-    """For dense builders that own a workspace (FlashInfer): both instances use the runner's one buffer.
+    """For dense builders that own a workspace (FlashInfer): all instances use the runner's one buffer.
 
     They issue their work on one stream, so the buffer is written serially.
     """
@@ -267,8 +361,9 @@ class SharedWorkspace(TrimixBuilder):
         self._share(workspace_buffer)
 
     def _share(self, workspace: Any) -> None:
-        if self._dense_builder is not None:
-            self._dense_builder.set_workspace_buffer(workspace)
+        for builder in (self._dense_builder, self._dynamic_dense_builder):
+            if builder is not None:
+                builder.set_workspace_buffer(workspace)
 
 
 def _image_rows(common: CommonAttentionMetadata) -> bool:

@@ -1,4 +1,4 @@
-"""One layer's attention: the dense backend's own, or its triangle rows by our kernel and the rest by the dense one."""
+"""One layer's attention: the dense backend's own, or its sparse rows by our kernels and the rest by the dense one."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl
 
-from vllm_trimix.backend import settings
-from vllm_trimix.backend.builder import StepPlan
+from vllm_trimix.backend import dynamic, settings
+from vllm_trimix.backend.builder import DynamicStep, StepPlan
 from vllm_trimix.backend.cpu_pages import probe_layouts
 from vllm_trimix.backend.prefill import LayerShape, Scales
 from vllm_trimix.kernels import torch_cpu
@@ -47,6 +47,7 @@ class TrimixImpl(AttentionImpl[Any]):
     Attributes:
         trimix_kernel: ``torch_cpu`` on the CPU's dense backend, else ``triton``; set when composed.
         trimix_active: Whether this layer is in the triangle set and eligible; set by the metadata builder.
+        trimix_dynamic: The dynamic patterns of its heads, likewise, or None.
         trimix_dense_reason: Why this layer can never be sparse, or None.
     """
 
@@ -59,6 +60,7 @@ class TrimixImpl(AttentionImpl[Any]):
         super().__init__(*args, **kwargs)
         given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
         self.trimix_active = False
+        self.trimix_dynamic: dynamic.LayerPatterns | None = None
         self.trimix_dense_reason = _dense_reason(given, self.trimix_kernel)
         self._triangle = settings.current().triangle
         self._kv_cache_dtype = str(given.get("kv_cache_dtype", "auto"))
@@ -88,15 +90,22 @@ class TrimixImpl(AttentionImpl[Any]):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of one layer; see vLLM's ``AttentionImpl.forward`` for shapes."""
-        step: StepPlan | None = getattr(attn_metadata, "trimix", None)
-        if step is None or not self.trimix_active:
-            if self._cold and self.trimix_active:
+        step: StepPlan | DynamicStep | None = None
+        if self.trimix_active:
+            step = getattr(attn_metadata, "trimix", None)
+        elif self.trimix_dynamic is not None:
+            step = getattr(attn_metadata, "trimix_dynamic", None)
+        if step is None:
+            if self._cold and (self.trimix_active or self.trimix_dynamic is not None):
                 self._warm_up(layer, query, kv_cache, attn_metadata, output)
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
         if step.dense_rows is not None:
             self._forward_dense(layer, query, key, value, kv_cache, step, output)
+        if isinstance(step, DynamicStep):
+            self._forward_dynamic(layer, query, kv_cache, step, output)
+            return output
         kernel = self._forward_cpu if self.trimix_kernel == "torch_cpu" else self._forward_triton
         kernel(layer, query, kv_cache, step, output)
         step.stats.triangle_layer_rows += step.num_rows
@@ -109,7 +118,7 @@ class TrimixImpl(AttentionImpl[Any]):
         key: torch.Tensor | None,
         value: torch.Tensor | None,
         kv_cache: torch.Tensor,
-        step: StepPlan,
+        step: StepPlan | DynamicStep,
         output: torch.Tensor,
     ) -> None:
         """The dense remainder, as a batch of its own: a view when its rows are contiguous, else gathered."""
@@ -130,6 +139,26 @@ class TrimixImpl(AttentionImpl[Any]):
     def _forward_cpu(
         self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, step: StepPlan, output: torch.Tensor
     ) -> None:
+        k_pages, v_pages, (k_layout, v_layout) = self._cpu_pages(layer, kv_cache)
+        torch_cpu.triangle_prefill(
+            query,
+            k_pages,
+            v_pages,
+            step.block_table,
+            step.spans,
+            k_layout=k_layout,
+            v_layout=v_layout,
+            block_size=kv_cache.shape[2],
+            n_init=self._triangle.n_init,
+            n_local=self._triangle.n_local,
+            scale=self.scale,
+            out=output,
+        )
+
+    def _cpu_pages(
+        self, layer: Any, kv_cache: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch_cpu.PageLayout, torch_cpu.PageLayout]]:
+        """K pages and V pages as stored, [num_blocks, num_kv_heads, block_size * head_size], and their layouts."""
         num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
         if self._cpu_layouts is None:
             self._cpu_layouts = probe_layouts(
@@ -141,20 +170,23 @@ class TrimixImpl(AttentionImpl[Any]):
             )
         # The CPU kernels store a head's K page, then its V page.
         pages = kv_cache.view(num_blocks, num_kv_heads, 2, block_size * self.head_size)
-        torch_cpu.triangle_prefill(
-            query,
-            pages[:, :, 0],
-            pages[:, :, 1],
-            step.block_table,
-            step.spans,
-            k_layout=self._cpu_layouts[0],
-            v_layout=self._cpu_layouts[1],
-            block_size=block_size,
-            n_init=self._triangle.n_init,
-            n_local=self._triangle.n_local,
-            scale=self.scale,
-            out=output,
-        )
+        return pages[:, :, 0], pages[:, :, 1], self._cpu_layouts
+
+    def _forward_dynamic(
+        self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, step: DynamicStep, output: torch.Tensor
+    ) -> None:
+        assert self.trimix_dynamic is not None
+        pages: dynamic.Pages
+        if self.trimix_kernel == "torch_cpu":
+            k_pages, v_pages, layouts = self._cpu_pages(layer, kv_cache)
+            pages = dynamic.CpuPages(k_pages, v_pages, step.block_table, layouts, kv_cache.shape[2], self.scale)
+        else:
+            k_cache, v_cache, scales = self._cuda_cache(layer, query, kv_cache)
+            pages = dynamic.CudaPages(
+                k_cache, v_cache, step.block_table, self.scale, self._soft_cap, scales, output.dtype
+            )
+        dynamic.prefill(self.trimix_dynamic, step.spans, query, pages, output, step.counter)
+        step.stats.dynamic_layer_rows += step.num_rows
 
     def _warm_up(
         self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, attn_metadata: Any, output: torch.Tensor
@@ -176,6 +208,13 @@ class TrimixImpl(AttentionImpl[Any]):
     def _run_triton(
         self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, prefill: Any, step: Any, output: torch.Tensor
     ) -> None:
+        k_cache, v_cache, scales = self._cuda_cache(layer, query, kv_cache)
+        prefill.run(step, query, k_cache, v_cache, scale=self.scale, soft_cap=self._soft_cap, scales=scales, out=output)
+
+    def _cuda_cache(
+        self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, Scales]:
+        """K and V, [num_blocks, num_kv_heads, block_size, head_size], and the scales of what is fp8."""
         fp8 = _FP8_VIEWS.get(self._kv_cache_dtype)
         scales = Scales()
         if fp8 is not None:
@@ -183,7 +222,7 @@ class TrimixImpl(AttentionImpl[Any]):
                 kv_cache = kv_cache.view(fp8)
             scales = Scales(layer._q_scale if query.dtype == fp8 else None, layer._k_scale, layer._v_scale)
         k_cache, v_cache = kv_cache.split(self.head_size, dim=-1)
-        prefill.run(step, query, k_cache, v_cache, scale=self.scale, soft_cap=self._soft_cap, scales=scales, out=output)
+        return k_cache, v_cache, scales
 
 
 def _dense_reason(given: dict[str, Any], kernel: str) -> str | None:

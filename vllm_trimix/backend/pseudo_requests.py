@@ -33,6 +33,10 @@ class PseudoRequests:
     num_rows: int
     longest: int
 
+    def arrays(self) -> list[np.ndarray]:
+        """What the device needs of it: starts, indices and, unless contiguous, rows."""
+        return [self.starts, self.indices, *([] if self.rows is None else [self.rows])]
+
     def selection(self, rows: torch.Tensor | None) -> slice | torch.Tensor:
         """The step's rows as an index: a slice when they are contiguous, else ``rows``, uploaded, as int64."""
         return slice(self.first_row, self.first_row + self.num_rows) if rows is None else rows.long()

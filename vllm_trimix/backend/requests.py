@@ -66,6 +66,8 @@ class Step:
             return Request(prompt_len, "prompt_logprobs")
         if self._mm_prefix and new.mm_features:
             return Request(prompt_len, "mm_prefix")
+        if (params.extra_args or {}).get(KEY) == "triangle":
+            return Request(prompt_len, dynamic_reason="opt_out_dynamic")
         return Request(prompt_len)
 
     def rows(self, common_attn_metadata: Any) -> list[Request | None]:

@@ -6,7 +6,8 @@ import functools
 import json
 from typing import Any
 
-from vllm_trimix.config import Resolved, format_layers, resolve
+from vllm_trimix.config import Resolved, resolve
+from vllm_trimix.layers import format_layers
 
 ENTRY = "trimix"
 RESOLVED = "trimix_resolved"
@@ -40,8 +41,12 @@ def resolve_into(vllm_config: Any) -> None:
         model=model_config.model,
         num_layers=model_config.get_total_num_hidden_layers(),
         model_entry=getattr(hf_config, ENTRY, None),
+        num_heads=model_config.hf_text_config.num_attention_heads,
     )
-    _check_layers(resolved, model_config)
+    _check_layers(resolved.layers, model_config, "trimix.layers")
+    if resolved.shallow is not None:
+        _check_layers(resolved.shallow.layers, model_config, "trimix.shallow.layers")
+        _check_connector(vllm_config)
     _check_dense_backend(resolved)
     vllm_config.additional_config = {**additional, RESOLVED: resolved.model_dump(mode="json")}
 
@@ -121,14 +126,26 @@ def _check_dense_backend(resolved: Resolved) -> None:
         )
 
 
-def _check_layers(resolved: Resolved, model_config: Any) -> None:
-    """Refuses a triangle set in which no layer can be sparse; an empty set is the user's own choice."""
-    ineligible = ineligible_layers(model_config)
-    if resolved.layers and ineligible.keys() >= set(resolved.layers):
-        full = [layer for layer in range(resolved.num_layers) if layer not in ineligible]
-        reasons = ", ".join(sorted({ineligible[layer] for layer in resolved.layers}))
+def _check_connector(vllm_config: Any) -> None:
+    """Refuses to share keys that a dynamic pattern computed through a store that can't tell them from others."""
+    from vllm_trimix.backend.admission import SALT_AWARE_CONNECTORS
+
+    name = getattr(vllm_config.kv_transfer_config, "kv_connector", None)
+    if name is not None and name not in SALT_AWARE_CONNECTORS:
         raise ValueError(
-            f"trimix.layers: {format_layers(resolved.layers)} all stay stock in {model_config.model} ({reasons}); "
+            f"trimix.shallow: KV connector {name} is not known to honour cache_salt, and would mix keys of different "
+            f"patterns; remove one of them, or use one of {', '.join(SALT_AWARE_CONNECTORS)}"
+        )
+
+
+def _check_layers(layers: tuple[int, ...], model_config: Any, where: str) -> None:
+    """Refuses a set in which no layer can be sparse; an empty set is the user's own choice."""
+    ineligible = ineligible_layers(model_config)
+    if layers and ineligible.keys() >= set(layers):
+        full = [layer for layer in range(model_config.get_total_num_hidden_layers()) if layer not in ineligible]
+        reasons = ", ".join(sorted({ineligible[layer] for layer in layers}))
+        raise ValueError(
+            f"{where}: {format_layers(layers)} all stay stock in {model_config.model} ({reasons}); "
             f"eligible: {format_layers(full)}"
         )
 

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from vllm_trimix import calibration
 from vllm_trimix.calibration import Row
-from vllm_trimix.config import Resolved, TrimixConfig, format_layers, parse_config
+from vllm_trimix.config import Resolved, TrimixConfig, parse_config
 from vllm_trimix.engine_process import EngineDied, EngineProcess
 from vllm_trimix.intervals import CONFIDENCE, interval_confidence
+from vllm_trimix.layers import format_layers
 
 TAKES_ENGINE_FLAGS = True
 

@@ -22,12 +22,13 @@ PATTERNS: dict[str, Any] = {
 }
 
 
-def make_pattern(entry: Mapping[str, Any], *, where: str) -> DynamicPattern:
+def make_pattern(entry: Mapping[str, Any], *, where: str, beside: tuple[str, ...] = ()) -> DynamicPattern:
     """Makes the pattern that ``entry`` describes: its ``pattern`` by name, and parameters.
 
     Args:
         entry: E.g. ``{"pattern": "flexprefill", "gamma": 0.95}``.
         where: What to call the entry in errors.
+        beside: Other keys that users may write there, for the nearest valid key.
 
     Raises:
         ValueError: Naming the bad key, its value, the limit and the nearest valid key.
@@ -39,9 +40,10 @@ def make_pattern(entry: Mapping[str, Any], *, where: str) -> DynamicPattern:
         raise ValueError(f"{where}.pattern: {name!r} is not a pattern{hint} (valid: {', '.join(PATTERNS)})")
     cls = PATTERNS[name]
     parameters = {key: value for key, value in entry.items() if key != "pattern"}
-    valid = [field.name for field in dataclasses.fields(cls)]
+    own = [field.name for field in dataclasses.fields(cls)]
+    valid = [*own, *(key for key in beside if key != "pattern")]
     for key in parameters:
-        if key not in valid:
+        if key not in own:
             near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise ValueError(f"{where}: {name} has no parameter '{key}'{hint} (valid: {', '.join(valid)})")

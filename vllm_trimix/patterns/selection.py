@@ -105,6 +105,14 @@ class Selection:
     columns: torch.Tensor | None = None
     band: torch.Tensor | None = None
 
+    def part(self, first: int, stop: int) -> Selection:
+        """The tiles ``[first, stop)`` of it."""
+        size = self.tiles.block_size
+        start = max(self.tiles.position, (self.tiles.first + first) * size)
+        end = min(self.tiles.position + self.tiles.num_rows, (self.tiles.first + stop) * size)
+        tiles = Tiles(size, start, end - start)
+        return Selection(tiles, self.blocks[:, first:stop, : tiles.num_blocks], self.columns, self.band)
+
     def mask(self, num_keys: int) -> torch.Tensor:
         """Visibility of keys, the definition every kernel is tested against: bool [num_heads, num_rows, num_keys]."""
         tiles, device = self.tiles, self.blocks.device

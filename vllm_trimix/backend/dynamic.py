@@ -1,0 +1,353 @@
+"""Dynamic patterns in a layer: choose keys, list them, attend, in slabs of heads and rows so that memory stays bounded.
+
+All of it runs once a layer for each chunk, on the layer's device and without waiting for it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from vllm_trimix.backend.prefill import Scales
+from vllm_trimix.kernels.sparse_index import SparseIndex, build_index
+from vllm_trimix.kernels.torch_cpu import PageLayout
+from vllm_trimix.patterns.base import DynamicPattern
+from vllm_trimix.patterns.selection import Chunk, Selection, merge
+from vllm_trimix.plan import DynamicSpan
+
+MAX_KEY_BYTES = 2**28
+"""Keys and values of a request gathered at once, for as many KV heads as fit, at least one."""
+MAX_INDEX_BYTES = 2**26
+"""Indices at once, for as many tiles as fit, at least one."""
+
+# Of one block of one tile while it is listed: the choice, its place in two widths, and the list.
+_BYTES_PER_ENTRY = 17
+
+
+class HeadGroup(NamedTuple):
+    """Heads of one kind.
+
+    Attributes:
+        patterns: One a head.
+        heads: Their numbers among the slab's heads, int64, on the device.
+    """
+
+    patterns: tuple[DynamicPattern, ...]
+    heads: torch.Tensor
+
+
+class LayerPatterns:
+    """The patterns of a layer's query heads on this device, grouped into what is selected together."""
+
+    def __init__(self, patterns: Sequence[DynamicPattern], *, num_kv_heads: int, device: torch.device) -> None:
+        """Groups the heads.
+
+        Args:
+            patterns: One a query head.
+            num_kv_heads: KV heads on this device.
+            device: The layer's.
+        """
+        self.num_heads, self.num_kv_heads = len(patterns), num_kv_heads
+        self.block_size = patterns[0].block_size
+        self._patterns = tuple(patterns)
+        self._uniform = len({pattern.kind for pattern in patterns}) == 1
+        self._device = device
+        self.last_rows = max(pattern.last_rows for pattern in patterns)
+
+    def slabs(self, bytes_per_kv_head: int) -> list[tuple[int, int, list[HeadGroup]]]:
+        """First KV head, KV heads and groups of each slab: many heads of one kind, or a KV head whose heads differ."""
+        fit = max(1, MAX_KEY_BYTES // bytes_per_kv_head) if self._uniform else 1
+        return self._slabs(min(fit, self.num_kv_heads))
+
+    @functools.cache  # noqa: B019  One entry for each of a few sizes, as long as the model lives.
+    def _slabs(self, size: int) -> list[tuple[int, int, list[HeadGroup]]]:
+        group = self.num_heads // self.num_kv_heads
+        slabs = []
+        for first in range(0, self.num_kv_heads, size):
+            count = min(size, self.num_kv_heads - first)
+            kinds: dict[object, list[int]] = {}
+            heads = self._patterns[first * group : (first + count) * group]
+            for number, pattern in enumerate(heads):
+                kinds.setdefault(pattern.kind, []).append(number)
+            groups = [
+                HeadGroup(tuple(heads[number] for number in numbers), torch.tensor(numbers, device=self._device))
+                for numbers in kinds.values()
+            ]
+            slabs.append((first, count, groups))
+        return slabs
+
+
+class Pages(Protocol):
+    """A layer's paged keys and values."""
+
+    scale: float
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of one KV head, gathered."""
+
+    def gather(self, request: int, num_keys: int, first_head: int, num_heads: int) -> Any:
+        """Some KV heads' keys of a request as ``.k``, [num_heads, num_keys, head_size]."""
+
+    def queries(self, q: torch.Tensor) -> torch.Tensor:
+        """Queries as the patterns read them."""
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        gathered: Any,
+        index: SparseIndex,
+        place: Place,
+        out: torch.Tensor,
+        keys_read: torch.Tensor,
+    ) -> None:
+        """Attention over an index, into the rows and heads of ``out`` that it is for."""
+
+
+class Place(NamedTuple):
+    """Where an index's rows and heads lie in the step.
+
+    Attributes:
+        request: Row of the block table.
+        first_row: First row in the batch.
+        first_head: First query head.
+    """
+
+    request: int
+    first_row: int
+    first_head: int
+
+
+class DenseTokens(NamedTuple):
+    """Keys and values of some KV heads, [num_kv_heads, num_keys, head_size]."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+@dataclass
+class CpuPages:
+    """Pages of vLLM's CPU cache, unpacked for the kernels here.
+
+    Attributes:
+        k_pages: As stored, [num_blocks, num_kv_heads, block_size * head_size].
+        v_pages: Likewise.
+        block_table: Page ids, [num_requests, max_blocks], int32.
+        layouts: How a K page and a V page store their tokens.
+        block_size: Tokens of a page.
+        scale: Softmax scale.
+    """
+
+    k_pages: torch.Tensor
+    v_pages: torch.Tensor
+    block_table: torch.Tensor
+    layouts: tuple[PageLayout, PageLayout]
+    block_size: int
+    scale: float
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.layouts[0].head_size * self.k_pages.element_size()
+
+    def gather(self, request: int, num_keys: int, first_head: int, num_heads: int) -> DenseTokens:
+        pages = self.block_table[request, : -(-num_keys // self.block_size)].long()
+        heads = slice(first_head, first_head + num_heads)
+        k, v = (
+            layout.tokens(cache[:, heads][pages])[:, :num_keys]
+            for cache, layout in zip((self.k_pages, self.v_pages), self.layouts, strict=True)
+        )
+        return DenseTokens(k, v)
+
+    def queries(self, q: torch.Tensor) -> torch.Tensor:
+        return q
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        gathered: DenseTokens,
+        index: SparseIndex,
+        place: Place,
+        out: torch.Tensor,
+        keys_read: torch.Tensor,
+    ) -> None:
+        num_heads = index.block_count.shape[0]
+        rows = slice(place.first_row, place.first_row + index.tiles.num_rows)
+        heads = slice(place.first_head, place.first_head + num_heads)
+        kernel = cpu_kernel()
+        kernel(q[rows, heads], *gathered, index, scale=self.scale, out=out[rows, heads], keys_read=keys_read)
+
+
+class GatheredKeys(NamedTuple):
+    """Keys of some KV heads, [num_kv_heads, num_keys, head_size], dequantised; values stay in their pages."""
+
+    k: torch.Tensor
+
+
+@dataclass
+class CudaPages:
+    """Pages of a CUDA cache, read in place; keys are gathered for the choice alone.
+
+    Attributes:
+        k_cache: [num_blocks, num_kv_heads, block_size, head_size].
+        v_cache: Likewise.
+        block_table: Page ids, [num_requests, max_blocks], int32.
+        scale: Softmax scale.
+        soft_cap: Logit cap; 0 is off. The choice ignores it.
+        scales: Of fp8 tensors.
+        dtype: What the keys are dequantised to.
+    """
+
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    block_table: torch.Tensor
+    scale: float
+    soft_cap: float
+    scales: Scales
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.k_cache.shape[3] * self.dtype.itemsize
+
+    def gather(self, request: int, num_keys: int, first_head: int, num_heads: int) -> GatheredKeys:
+        block_size = self.k_cache.shape[2]
+        pages = self.block_table[request, : -(-num_keys // block_size)].long()
+        k = self.k_cache[:, first_head : first_head + num_heads][pages]
+        k = k.transpose(0, 1).reshape(num_heads, -1, k.shape[3])[:, :num_keys]
+        return GatheredKeys(_dequantised(k, self.scales.k, self.dtype))
+
+    def queries(self, q: torch.Tensor) -> torch.Tensor:
+        return _dequantised(q, self.scales.q, self.dtype)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        gathered: GatheredKeys,
+        index: SparseIndex,
+        place: Place,
+        out: torch.Tensor,
+        keys_read: torch.Tensor,
+    ) -> None:
+        from vllm_trimix.kernels.triton_sparse import sparse_prefill
+
+        sparse_prefill(
+            q,
+            self.k_cache,
+            self.v_cache,
+            self.block_table,
+            index,
+            **place._asdict(),
+            scale=self.scale,
+            out=out,
+            keys_read=keys_read,
+            q_scale=self.scales.q,
+            k_scale=self.scales.k,
+            v_scale=self.scales.v,
+            soft_cap=self.soft_cap,
+        )
+
+
+def _dequantised(x: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    if x.element_size() > 1:
+        return x
+    x = x.to(dtype)
+    return x if scale is None else x * scale.to(dtype)
+
+
+@functools.cache
+def cpu_kernel() -> Any:
+    """The compiled kernel, or the PyTorch one where it was not built."""
+    from vllm_trimix.kernels import cpp_sparse, torch_sparse
+
+    return cpp_sparse.sparse_prefill if cpp_sparse.is_available() else torch_sparse.sparse_prefill
+
+
+class KeyCounter:
+    """Keys read and keys before the rows, since the start, both per tile and head.
+
+    Attributes:
+        read: int64 [1], on the device: counted by the kernels.
+        causal: What dense attention would have read.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.read = torch.zeros(1, dtype=torch.int64, device=device)
+        self.causal = 0
+
+    def total(self) -> int:
+        """Keys read so far; on a GPU copied aside of the work that is queued, so that it is not waited for."""
+        if self.read.device.type != "cuda":
+            return int(self.read)
+        with torch.cuda.stream(torch.cuda.Stream(self.read.device)):
+            return int(self.read)
+
+    def add(self, keys_read: torch.Tensor, index: SparseIndex) -> None:
+        self.read += keys_read.sum()
+        tiles = index.tiles
+        first = (tiles.first + 1) * tiles.block_size
+        whole = tiles.num_tiles * first + tiles.block_size * tiles.num_tiles * (tiles.num_tiles - 1) // 2
+        beyond = tiles.num_blocks * tiles.block_size - tiles.position - tiles.num_rows
+        self.causal += index.block_count.shape[0] * (whole - beyond)
+
+
+def prefill(
+    patterns: LayerPatterns,
+    spans: Sequence[DynamicSpan],
+    q: torch.Tensor,
+    pages: Pages,
+    out: torch.Tensor,
+    counter: KeyCounter,
+) -> None:
+    """Computes the rows of dynamic spans in one layer.
+
+    Args:
+        patterns: The layer's.
+        spans: Rows.
+        q: Queries of the step, [num_tokens, num_heads, head_size].
+        pages: The layer's keys and values.
+        out: Like ``q``; other rows are left alone.
+        counter: What was read is added to it.
+    """
+    group = patterns.num_heads // patterns.num_kv_heads
+    for (request, first_row, num_rows, position), num_keys in spans:
+        end_row = first_row + num_keys - position
+        last_rows = min(patterns.last_rows, num_keys - position)
+        for first_kv, num_kv, groups in patterns.slabs(num_keys * pages.bytes_per_token):
+            heads = slice(first_kv * group, (first_kv + num_kv) * group)
+            gathered = pages.gather(request, num_keys, first_kv, num_kv)
+            rows = pages.queries(q[first_row:end_row, heads]).transpose(0, 1).contiguous()
+            chunk = Chunk(rows[:, :num_rows], rows[:, rows.shape[1] - last_rows :], gathered.k, position, pages.scale)
+            selection = select(groups, chunk)
+            for part in parts(selection):
+                index = build_index(part)
+                place = Place(request, first_row + part.tiles.position - position, heads.start)
+                keys_read = torch.empty_like(index.block_count)
+                pages.attend(q, gathered, index, place, out, keys_read)
+                counter.add(keys_read, index)
+
+
+def select(groups: Sequence[HeadGroup], chunk: Chunk) -> Selection:
+    """The selection of a slab's heads, each by its own pattern."""
+    if len(groups) == 1:
+        return groups[0].patterns[0].select(groups[0].patterns, chunk)
+    selections = []
+    for patterns, heads in groups:
+        part = chunk._replace(q=chunk.q[heads], q_last=chunk.q_last[heads])
+        selections.append((heads, patterns[0].select(patterns, part)))
+    return merge(selections, chunk.num_heads)
+
+
+def parts(selection: Selection) -> Iterator[Selection]:
+    """A selection in ranges of tiles whose index stays below ``MAX_INDEX_BYTES``."""
+    num_heads, num_tiles, num_blocks = selection.blocks.shape
+    entries = num_blocks + (0 if selection.columns is None else selection.columns.shape[1])
+    size = max(1, MAX_INDEX_BYTES // (num_heads * entries * _BYTES_PER_ENTRY))
+    if size >= num_tiles:
+        yield selection
+        return
+    for first in range(0, num_tiles, size):
+        yield selection.part(first, min(first + size, num_tiles))
