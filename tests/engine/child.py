@@ -15,7 +15,11 @@ def totals() -> list[dict[str, int]]:
     """The counters of every runner in this process."""
     from vllm_trimix.backend import requests
 
-    return [step.stats.snapshot() for step in requests.all_steps()]
+    found = []
+    for step in requests.all_steps():
+        dynamic = {f"dynamic_{key}": value for key, value in step.stats.dynamic_rows.items()}
+        found.append({**step.stats.snapshot(), **dynamic})
+    return found
 
 
 def counters(llm: object) -> dict[str, float]:
@@ -40,6 +44,23 @@ def refused(llm: object, extra_args: dict[str, object]) -> str:
     return said[0] if said[0] == said[1] else f"{said[0]} BUT {said[1]}"
 
 
+def record_dynamic_spans() -> list[list[int]]:
+    """A list that gets every planned chunk of a dynamic pattern: prompt length, position, rows, keys."""
+    from vllm_trimix.backend import builder
+
+    spans: list[list[int]] = []
+    original = builder.build_dynamic_plan
+
+    def recorded(query_start_loc, seq_lens, requests, **rule):
+        plan = original(query_start_loc, seq_lens, requests, **rule)
+        for rows, num_keys in plan.spans:
+            spans.append([requests[rows.request].prompt_len, rows.position, rows.num_rows, num_keys])
+        return plan
+
+    builder.build_dynamic_plan = recorded
+    return spans
+
+
 def main() -> None:
     job = json.load(sys.stdin)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -59,6 +80,7 @@ def main() -> None:
         **job["engine"],
     }
     llm = LLM(**engine)
+    spans = record_dynamic_spans()
     waves = []
     for wave in job["waves"]:
         params = [
@@ -89,7 +111,9 @@ def main() -> None:
         )
     refusals = [refused(llm, extra_args) for extra_args in job.get("bad_extra_args", [])]
     with open(sys.argv[1], "w") as file:
-        json.dump({"waves": waves, "stats": totals(), "metrics": counters(llm), "refusals": refusals}, file)
+        json.dump(
+            {"waves": waves, "stats": totals(), "metrics": counters(llm), "refusals": refusals, "spans": spans}, file
+        )
 
 
 if __name__ == "__main__":

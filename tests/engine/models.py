@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
+from vllm_trimix.patterns.base import DynamicPattern
+from vllm_trimix.patterns.selection import Chunk
 from vllm_trimix.patterns.triangle import Triangle
 
 VOCAB_SIZE = 256
@@ -49,6 +53,9 @@ class _Rule:
     pattern = Triangle()
     layers: frozenset[int] = frozenset()
     prompt_len = 0
+    # Patterns of each layer's heads, and the sparse rows [first, end) of the pass in progress.
+    dynamic: ClassVar[dict[int, Sequence[DynamicPattern]]] = {}
+    body = (0, 0)
 
 
 def _masked(
@@ -60,11 +67,19 @@ def _masked(
     scaling: float,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    positions = torch.arange(query.shape[2])
+    keys = torch.arange(key.shape[2])
+    rows = keys[-query.shape[2] :]
     if module.layer_idx in _Rule.layers:
-        mask = _Rule.pattern.mask(positions, positions, _Rule.prompt_len)
+        mask = _Rule.pattern.mask(rows, keys, _Rule.prompt_len)
     else:
-        mask = positions[:, None] >= positions
+        mask = rows[:, None] >= keys
+    if module.layer_idx in _Rule.dynamic and _Rule.body[1] > _Rule.body[0]:
+        mask = mask.repeat(query.shape[1], 1, 1)
+        body = slice(_Rule.body[0] - int(rows[0]), _Rule.body[1] - int(rows[0]))
+        for head, pattern in enumerate(_Rule.dynamic[module.layer_idx]):
+            q, k = query[0, head : head + 1], key[0, head * key.shape[1] // query.shape[1]][None]
+            chunk = Chunk(q[:, body], q[:, -pattern.last_rows :], k, _Rule.body[0], scaling)
+            mask[head, body] = pattern.select([pattern], chunk).mask(len(keys))[0]
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
     scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~mask, float("-inf"))
@@ -76,6 +91,43 @@ def true_logprobs(
     path: Path, prompt: list[int], answer: list[int], *, layers: frozenset[int], pattern: Triangle
 ) -> list[float]:
     """Log-probability of each answer token, given the prompt and the answer before it, under the mask."""
-    _Rule.layers, _Rule.pattern, _Rule.prompt_len = layers, pattern, len(prompt)
+    _Rule.layers, _Rule.pattern, _Rule.prompt_len, _Rule.dynamic = layers, pattern, len(prompt), {}
     logits = _load(str(path))(torch.tensor([prompt + answer[:-1]]), use_cache=False).logits[0, len(prompt) - 1 :]
     return torch.log_softmax(logits.double(), -1).gather(1, torch.tensor(answer)[:, None])[:, 0].tolist()
+
+
+@torch.no_grad()
+def true_dynamic_logprobs(
+    path: Path,
+    prompt: list[int],
+    answer: list[int],
+    *,
+    layers: frozenset[int],
+    pattern: Triangle,
+    dynamic: dict[int, Sequence[DynamicPattern]],
+    spans: list[tuple[int, int, int]],
+) -> list[float]:
+    """As ``true_logprobs``, with dynamic patterns in some layers, chunk by chunk as the engine cut the prompt.
+
+    Args:
+        path: The model.
+        prompt: Its tokens.
+        answer: Tokens to score.
+        layers: Triangle layers.
+        pattern: The triangle.
+        dynamic: Patterns of each such layer's query heads.
+        spans: Of each sparse chunk, ascending: first position, sparse rows, and keys at the chunk's last prompt row.
+    """
+    from transformers import DynamicCache
+
+    _Rule.layers, _Rule.pattern, _Rule.prompt_len, _Rule.dynamic = layers, pattern, len(prompt), dynamic
+    tokens, cache, logits = prompt + answer[:-1], DynamicCache(), []
+    edges = [edge for position, _, end in spans for edge in (position, end)]
+    bodies = {position: (position, position + rows) for position, rows, _ in spans}
+    for start, stop in zip([0, *edges], [*edges, len(tokens)], strict=True):
+        if stop > start:
+            _Rule.body = bodies.get(start, (0, 0))
+            logits.append(_load(str(path))(torch.tensor([tokens[start:stop]]), past_key_values=cache).logits[0])
+    _Rule.body = (0, 0)
+    rows = torch.cat(logits)[len(prompt) - 1 :]
+    return torch.log_softmax(rows.double(), -1).gather(1, torch.tensor(answer)[:, None])[:, 0].tolist()

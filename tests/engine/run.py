@@ -38,6 +38,7 @@ class Result:
         metrics: vLLM's own counters.
         log: Everything the engine printed.
         refusals: What the engine said to each of the ``bad_extra_args``.
+        spans: Chunks of dynamic patterns, in order, by prompt length: position, sparse rows, keys.
     """
 
     waves: list[list[dict[str, Any]]]
@@ -45,6 +46,7 @@ class Result:
     metrics: dict[str, float]
     log: str
     refusals: list[str]
+    spans: dict[int, list[tuple[int, int, int]]]
 
 
 def run_job(
@@ -89,7 +91,12 @@ def run_job(
     rows: Counter[str] = Counter()
     for totals in logged_rows(log) if stdout_rows else result["stats"]:
         rows.update(totals)
-    return Result(result["waves"], rows, result["metrics"], log, result["refusals"])
+    spans: dict[int, list[tuple[int, int, int]]] = {}
+    for prompt_len, *span in result["spans"]:
+        chunks = spans.setdefault(prompt_len, [])
+        # A resumed request starts again: what it computes last stays in the cache.
+        chunks[:] = [*(chunk for chunk in chunks if chunk[0] < span[0]), tuple(span)]
+    return Result(result["waves"], rows, result["metrics"], log, result["refusals"], spans)
 
 
 def logged_rows(log: str) -> list[dict[str, int]]:

@@ -16,6 +16,8 @@ from vllm_trimix.patterns.selection import EVERYTHING, Chunk, Selection
 
 FORCED_COLUMNS = 30
 FORCED_SLASHES = 100
+# Above every sum of 64 rows' attention.
+_FORCED = 1000.0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -48,7 +50,9 @@ class VerticalSlash:
         tiles = tiles_of(heads[0].block_size, chunk)
         columns, slashes = column_and_slash_sums(chunk.q_last[:, -cls.last_rows :], chunk.k, chunk.scale)
         columns[:, :FORCED_COLUMNS] = math.inf
-        slashes[:, :FORCED_SLASHES] = math.inf
+        # The nearest first: a budget below their number must not leave the choice to chance.
+        near = slashes[:, :FORCED_SLASHES]
+        near.copy_(_FORCED * torch.arange(near.shape[1], 0, -1, device=device).expand_as(near))
         vertical_sizes, slash_sizes = zip(*((head.vertical_size, head.slash_size) for head in heads), strict=True)
         ranked = columns.topk(min(max(vertical_sizes), num_keys), dim=1).indices
         kept = kept_columns(ranked, per_head(vertical_sizes, device), EVERYTHING)
