@@ -10,7 +10,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from vllm_trimix.patterns.base import STRICT, BlockSize, per_head, tiles_of
-from vllm_trimix.patterns.selection import Chunk, Selection
+from vllm_trimix.patterns.selection import EVERYTHING, Chunk, Selection
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -27,8 +27,8 @@ class AShape:
     source: ClassVar[str] = "StreamingLLM (arXiv 2309.17453); MInference (arXiv 2407.02490), A-shape"
     last_rows: ClassVar[int] = 0
 
-    n_init: int = Field(default=100, ge=0)
-    n_local: int = Field(default=800, ge=1)
+    n_init: int = Field(default=100, ge=0, le=EVERYTHING)
+    n_local: int = Field(default=800, ge=1, le=EVERYTHING)
     block_size: BlockSize = 64
 
     @property

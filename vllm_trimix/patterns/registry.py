@@ -34,7 +34,8 @@ def make_pattern(entry: Mapping[str, Any], *, where: str, beside: tuple[str, ...
         ValueError: Naming the bad key, its value, the limit and the nearest valid key.
     """
     name = entry.get("pattern")
-    if name not in PATTERNS:
+    # A list or an object has no hash.
+    if not isinstance(name, str) or name not in PATTERNS:
         near = difflib.get_close_matches(str(name), PATTERNS, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise ValueError(f"{where}.pattern: {name!r} is not a pattern{hint} (valid: {', '.join(PATTERNS)})")

@@ -34,7 +34,7 @@ class VerticalSlash:
     source: ClassVar[str] = "MInference (arXiv 2407.02490), vertical-slash"
     last_rows: ClassVar[int] = 64
 
-    vertical_size: int = Field(default=1000, ge=FORCED_COLUMNS, le=2**14)
+    vertical_size: int = Field(default=1000, ge=FORCED_COLUMNS, le=2**15)
     slash_size: int = Field(default=6096, ge=50, le=2**20)
     block_size: BlockSize = 64
 
