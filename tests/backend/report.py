@@ -74,6 +74,7 @@ def wrong_counts(result: dict[str, Any]) -> list[str]:
         **result["expected"],
         "steps": result["steps"],
         "triangle_layer_rows": 2 * result["expected"].get("triangle", 0),
+        "dynamic_layer_rows": 0,
         "tracked_requests": len(result["told"]),
     }
     return [

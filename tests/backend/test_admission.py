@@ -17,8 +17,11 @@ from vllm_trimix.config import resolve
 class Processor:
     """The parts of vLLM's InputProcessor that admission touches."""
 
-    def __init__(self, connector: str | None = None, prompt_logprobs: str = "dense") -> None:
-        resolved = resolve({"layers": "1", "prompt_logprobs": prompt_logprobs}, model="m", num_layers=2)
+    def __init__(
+        self, connector: str | None = None, prompt_logprobs: str = "dense", shallow: dict[str, Any] | str = "dense"
+    ) -> None:
+        entry = {"layers": "1", "prompt_logprobs": prompt_logprobs, "shallow": shallow}
+        resolved = resolve(entry, model="m", num_layers=2)
         transfer = SimpleNamespace(kv_connector=connector) if connector else None
         self.vllm_config = SimpleNamespace(
             additional_config={settings.RESOLVED: resolved.model_dump(mode="json")}, kv_transfer_config=transfer
@@ -64,9 +67,25 @@ def test_the_research_switch_measures_the_mask() -> None:
     assert request.cache_salt is None
 
 
-@pytest.mark.parametrize("salt", ["trimix-dense", "trimix-dense:x"])
-def test_a_salt_cannot_reach_the_dense_namespace(salt: str) -> None:
-    with pytest.raises(VLLMValidationError, match="which TRIMIX keeps for dense requests"):
+def test_dynamic_patterns_have_namespaces_of_their_own() -> None:
+    """One for each configuration, one for the triangle alone, and the dense one as ever."""
+    salts = {}
+    for gamma in (0.9, 0.95):
+        shallow = {"pattern": "flexprefill", "gamma": gamma}
+        for choice in ("on", "triangle", "off"):
+            params = SamplingParams(extra_args={"trimix": choice})
+            salts[gamma, choice] = admit(Processor(shallow=shallow), params, salt="tenant").cache_salt
+    assert salts[0.9, "on"] != salts[0.95, "on"]
+    assert salts[0.9, "on"].startswith("trimix-dynamic-")
+    assert {salt for key, salt in salts.items() if key[1] == "triangle"} == {"trimix-triangle:tenant"}
+    assert {salt for key, salt in salts.items() if key[1] == "off"} == {"trimix-dense:tenant"}
+    assert all(salt.endswith(":tenant") for salt in salts.values())
+    assert admit(Processor(), SamplingParams(extra_args={"trimix": "triangle"})).cache_salt is None
+
+
+@pytest.mark.parametrize("salt", ["trimix-dense", "trimix-dense:x", "trimix-dynamic-1", "trimix-triangle"])
+def test_a_salt_cannot_reach_the_reserved_namespaces(salt: str) -> None:
+    with pytest.raises(VLLMValidationError, match="which TRIMIX keeps for requests of its own choice"):
         admit(Processor(), SamplingParams(), salt=salt)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_trimix.patterns.triangle import Triangle
-from vllm_trimix.plan import Plan, Request, Span, build_plan
+from vllm_trimix.plan import DynamicSpan, Plan, Request, Span, build_dynamic_plan, build_plan
 
 REASONS = (None, None, None, "opt_out", "prompt_logprobs")
 
@@ -179,3 +179,62 @@ def test_a_resumed_answer_is_no_tail() -> None:
         max_tail_rows=256,
     )
     assert (plan.tails, plan.dense) == ([], [Span(0, 372, 628, 1872)])
+
+
+@settings(max_examples=1500, deadline=None)
+@given(steps(), st.integers(1, 12), st.sampled_from([None, None, "opt_out_dynamic"]))
+def test_dynamic_rows_are_those_of_the_rule(
+    step: tuple[list[int], list[int], list[Request | None], Triangle, int], min_rows: int, dynamic_reason: str | None
+) -> None:
+    """Sparse exactly where the chunk is long, late and early enough; every other row dense; every row once."""
+    starts, lens, requests, pattern, min_seq_len = step
+    requests = [request and request._replace(dynamic_reason=dynamic_reason) for request in requests]
+    plan = build_dynamic_plan(starts, lens, requests, last_n=pattern.last_n, min_seq_len=min_seq_len, min_rows=min_rows)
+    sparse = {}
+    for rows, num_keys in plan.spans:
+        for row in range(rows.num_rows):
+            assert rows.first_row + row not in sparse
+            sparse[rows.first_row + row] = (rows.position + row, num_keys)
+    dense = [row for span in plan.dense for row in range(span.first_row, span.first_row + span.num_rows)]
+    assert sorted([*sparse, *dense]) == list(range(starts[-1]))
+    for span in plan.dense:
+        assert span.position + span.num_rows == lens[span.request]
+    for index, request in enumerate(requests):
+        positions = range(lens[index] - (starts[index + 1] - starts[index]), lens[index])
+        body = [i for i in positions if request is not None and i < request.prompt_len - pattern.last_n]
+        end = 0 if request is None else min(request.prompt_len, lens[index])
+        chosen = (
+            request is not None
+            and request.dense_reason is None
+            and dynamic_reason is None
+            and end >= min_seq_len
+            and len(body) >= min_rows
+        )
+        for row, i in zip(range(starts[index], starts[index + 1]), positions, strict=True):
+            assert sparse.get(row) == ((i, end) if chosen and i in body else None)
+    assert sum(plan.rows.values()) == starts[-1]
+
+
+def test_the_choice_looks_from_the_chunks_last_prompt_row() -> None:
+    """The prompt's last rows are dense, and yet the pattern's choice is theirs: they ask the question."""
+    plan = build_dynamic_plan([0, 50], [150], [Request(148)], last_n=10, min_seq_len=0, min_rows=8)
+    assert plan.spans == [DynamicSpan(Span(0, 0, 38, 100), 148)]
+    assert plan.dense == [Span(0, 38, 12, 138)]
+    assert plan.rows == {"decode": 2, "dynamic": 38, "last_n": 10}
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "min_seq_len", "min_rows", "reason"),
+    [
+        pytest.param(149, 150, 1, "short_prompt", id="prompt"),
+        pytest.param(400, 151, 1, "few_keys", id="early_chunk"),
+        pytest.param(400, 150, 51, "short_chunk", id="short_chunk"),
+        pytest.param(400, 150, 50, "dynamic", id="sparse"),
+    ],
+)
+def test_why_a_chunk_stays_dense(prompt_len: int, min_seq_len: int, min_rows: int, reason: str) -> None:
+    end = min(prompt_len, 150)
+    plan = build_dynamic_plan(
+        [0, 50], [end], [Request(prompt_len)], last_n=0, min_seq_len=min_seq_len, min_rows=min_rows
+    )
+    assert plan.rows == {reason: 50}
