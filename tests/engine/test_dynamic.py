@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,104 @@ def test_chunks_and_mixed_batches(name: str, tiny: Path, tmp_path: Path) -> None
     assert result.rows["dynamic_dynamic"] == sparse > 0
     assert result.rows["dynamic_layer_rows"] == 2 * sparse
     assert 0 < float(result.log.split("density_since_start=")[-1].split()[0]) < 1
+
+
+@pytest.fixture(scope="module")
+def head_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """MInference's form: other patterns and budgets in each head of each layer."""
+    heads = [
+        {"0": ["vertical_and_slash", 30, 60, 1], "1": ["stream_llm", 4, 40, 1]},
+        {"0": ["vertical_and_slash", 40, 150, 1], "1": ["vertical_and_slash", 30, 50, 1]},
+    ]
+    layers = [
+        {**heads[0], "2": ["stream_llm", 8, 100, 1], "3": ["vertical_and_slash", 35, 70, 1]},
+        {**heads[1], "2": ["stream_llm", 16, 64, 1], "3": ["stream_llm", 0, 30, 1]},
+        *[{str(head): ["stream_llm", 4, 40, 1] for head in range(4)}] * 2,
+    ]
+    path = tmp_path_factory.mktemp("heads") / "heads.json"
+    path.write_text(json.dumps(layers))
+    return str(path)
+
+
+SCENARIOS: dict[str, dict[str, Any]] = {
+    # Two heads of one rank see other entries of the file than the other two.
+    "tp2": {
+        "engine": {"max_num_batched_tokens": 300, "tensor_parallel_size": 2},
+        "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    },
+    "page32-chunk70": {"engine": {"max_num_batched_tokens": 70, "block_size": 32}},
+    "page96-whole": {"engine": {"max_num_batched_tokens": 8192, "block_size": 96}},
+    "compiled": {"engine": {"max_num_batched_tokens": 300, "enforce_eager": False}},
+}
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_patterns_by_head(name: str, tiny: Path, head_file: str, tmp_path: Path) -> None:
+    trimix = shallow({"heads": head_file})
+    wave = requests(["on", "off"])
+    result = run_job(tmp_path, tiny, [wave], trimix=trimix, **SCENARIOS[name])
+    if name == "tp2":
+        # Its workers are other processes: what they planned isn't seen here, but follows from the chunks.
+        result.spans = run_job(tmp_path, tiny, [wave], trimix=trimix, engine={"max_num_batched_tokens": 300}).spans
+    assert_matches_truth(tiny, wave, result.waves[0], result, trimix)
+
+
+def test_preempted_and_resumed(tiny: Path, tmp_path: Path) -> None:
+    trimix = shallow(PATTERNS["vertical_slash"])
+    wave = requests(["on", "off"], [330, 320, 310], max_tokens=64)
+    engine = {"max_num_batched_tokens": 200, "num_gpu_blocks_override": 57, "max_model_len": 512}
+    result = run_job(tmp_path, tiny, [wave], engine=engine, trimix=trimix)
+    assert result.metrics["vllm:num_preemptions"] > 0
+    assert_matches_truth(tiny, wave, result.waves[0], result, trimix)
+
+
+def test_prefix_cache_hits(tiny: Path, tmp_path: Path) -> None:
+    """A hit holds what the first request's chunks chose; the truth follows those chunks."""
+    trimix = shallow(PATTERNS["xattention"])
+    shared, (tail,) = prompts([320])[0], prompts([150], seed=1)
+    waves = [
+        [{"prompt": prompt, "max_tokens": 4, "extra_args": args} for args in (None, {"trimix": "off"})]
+        for prompt in (shared + tail[:60], shared + tail)
+    ]
+    engine = {"max_num_batched_tokens": 64, "enable_prefix_caching": True}
+    result = run_job(tmp_path, tiny, waves, engine=engine, trimix=trimix)
+    # The pattern's choice doesn't depend on where chunks of whole tiles end.
+    for prompt_len, spans in result.spans.items():
+        if prompt_len == len(shared + tail):
+            spans[:0] = [span for span in result.spans[len(shared) + 60] if span[2] <= 352]
+    for wave, answers in zip(waves, result.waves, strict=True):
+        assert_matches_truth(tiny, wave, answers, result, trimix)
+    assert [answer["cached_tokens"] for answer in result.waves[0]] == [0, 0]
+    assert min(answer["cached_tokens"] for answer in result.waves[1]) >= 320
+
+
+def test_requests_of_other_choices_share_no_blocks(tiny: Path, tmp_path: Path) -> None:
+    prompt = prompts([333])[0]
+    waves = [
+        [{"prompt": prompt, "max_tokens": 2, "extra_args": args}]
+        for args in (None, {"trimix": "triangle"}, {"trimix": "off"}, None, {"trimix": "triangle"}, {"trimix": "off"})
+    ]
+    result = run_job(
+        tmp_path,
+        tiny,
+        waves,
+        engine={"enable_prefix_caching": True},
+        trimix=shallow(PATTERNS["vertical_slash"]),
+        bad_extra_args=[{"trimix": "shallow"}],
+    )
+    assert [answer["cached_tokens"] > 0 for (answer,) in result.waves] == [False] * 3 + [True] * 3
+    assert [answer["tokens"] for (answer,) in result.waves[:3]] == [answer["tokens"] for (answer,) in result.waves[3:]]
+    assert "allowed values: 'on' (default), 'triangle' (shallow layers dense), 'off' (all dense)" in result.refusals[0]
+
+
+def test_whole_budget_is_dense(tiny: Path, tmp_path: Path) -> None:
+    """Everything within the budget: the answers of the triangle alone, to rounding."""
+    wave = requests(["on", "triangle"])
+    wave[len(LENGTHS) :] = [{**request, "extra_args": {"trimix": "triangle"}} for request in wave[: len(LENGTHS)]]
+    trimix = shallow({"pattern": "vertical_slash", "vertical_size": 1000, "slash_size": 1000})
+    result = run_job(tmp_path, tiny, [wave], engine={"max_num_batched_tokens": 300}, trimix=trimix)
+    answers = result.waves[0]
+    for dynamic, triangle in zip(answers[: len(LENGTHS)], answers[len(LENGTHS) :], strict=True):
+        assert dynamic["tokens"] == triangle["tokens"]
+        assert dynamic["logprobs"] == pytest.approx(triangle["logprobs"], abs=1e-4)
+    assert result.rows["dynamic_dynamic"] > 0

@@ -1,2 +1,0 @@
-def is_available():
-    return False
