@@ -48,7 +48,9 @@ class VerticalSlash:
         tiles = tiles_of(heads[0].block_size, chunk)
         columns, slashes = column_and_slash_sums(chunk.q_last[:, -cls.last_rows :], chunk.k, chunk.scale)
         columns[:, :FORCED_COLUMNS] = math.inf
-        slashes[:, :FORCED_SLASHES] = math.inf
+        # Larger than any sum, and the nearest the largest: a budget may be smaller than what is forced.
+        nearest = slashes[:, :FORCED_SLASHES]
+        nearest.copy_(torch.arange(nearest.shape[1], 0, -1, device=device) + float(cls.last_rows))
         vertical_sizes, slash_sizes = zip(*((head.vertical_size, head.slash_size) for head in heads), strict=True)
         ranked = columns.topk(min(max(vertical_sizes), num_keys), dim=1).indices
         kept = kept_columns(ranked, per_head(vertical_sizes, device), EVERYTHING)
