@@ -127,7 +127,7 @@ def test_budgets_beyond_the_keys_hide_nothing(pattern: DynamicPattern) -> None:
 
 def test_short_prompts_are_dense_under_flexprefill() -> None:
     prompt = random_prompt(300)
-    heads = [FlexPrefill(0.01, tau) for tau in (0.0, 1.0, 0.0, 1.0)]
+    heads = [FlexPrefill(0.01, tau, 64) for tau in (0.0, 1.0, 0.0, 1.0)]
     everything = truth.dense(prompt.head(0, prompt.chunk(0, 256)))
     assert np.array_equal(heads[0].select(heads, prompt.chunk(0, 256)).mask(256)[0].numpy(), everything)
     assert not heads[0].select(heads, prompt.chunk(0, 257)).mask(257)[0, 255:].all()
@@ -171,12 +171,17 @@ def exact_chunk(columns: dict[int, float], num_keys: int, position: int) -> Chun
 
 
 @pytest.mark.parametrize(("gamma", "count"), [(0.25, 128), (0.5, 256), (0.501, 257), (1.0, 512)])
-def test_flexprefill_stops_when_gamma_is_reached(gamma: float, count: int) -> None:
-    """512 equal shares: exactly gamma is enough, and one fewer is not."""
+def test_flexprefill_stops_when_gamma_is_reached(gamma: float, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """512 equal shares: exactly gamma is enough, one fewer is not. As many columns as the limit are not too many."""
     chunk = exact_chunk({}, 512, 511)
     columns = FlexPrefill(gamma, 0.0).select([FlexPrefill(gamma, 0.0)], chunk).columns
     assert columns is not None
     assert (columns < EVERYTHING).sum() == count
+    for limit, kept in ((count, count), (count - 1, 0)):
+        monkeypatch.setattr(flexprefill, "MAX_COLUMNS", limit)
+        columns = FlexPrefill(gamma, 0.0).select([FlexPrefill(gamma, 0.0)], chunk).columns
+        assert columns is not None
+        assert (columns < EVERYTHING).sum() == kept
 
 
 def test_xattention_stops_when_the_threshold_is_reached() -> None:
@@ -228,6 +233,17 @@ def test_antidiagonals_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) ->
         parts = heads[0].select(heads, chunk)
         monkeypatch.undo()
         assert torch.equal(whole.blocks, parts.blocks)
+
+
+def test_one_diagonal_crosses_up_to_two_blocks_of_a_tile() -> None:
+    """Every distance by itself, in blocks of four: one column of heads a distance."""
+    slashes = torch.eye(19, dtype=torch.bool)
+    tiles = torch.arange(2, 5)[:, None] - torch.arange(5)
+    blocks = estimate.slash_blocks(slashes, tiles, 4)
+    head = truth.Head(np.zeros((20, 1)), np.zeros((19, 1)), position=9, num_rows=10, num_last=1, scale=1.0)
+    for distance in range(19):
+        expected = truth.crossed(head, {distance}, 4)
+        assert {(2 + tile, block) for tile, block in blocks[distance].nonzero().tolist()} == expected, distance
 
 
 @pytest.mark.parametrize("heads", HEADS)

@@ -37,6 +37,11 @@ class VerticalSlash:
     block_size: BlockSize = 64
 
     @property
+    def budget(self) -> int:
+        """A key for each vertical and each slash."""
+        return self.vertical_size + self.slash_size
+
+    @property
     def kind(self) -> tuple[str]:
         """Heads of one kind are selected together."""
         return (self.name,)
