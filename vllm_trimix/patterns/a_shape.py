@@ -32,6 +32,11 @@ class AShape:
     block_size: BlockSize = 64
 
     @property
+    def budget(self) -> int:
+        """Sinks and window."""
+        return self.n_init + self.n_local
+
+    @property
     def kind(self) -> tuple[str]:
         """Heads of one kind are selected together."""
         return (self.name,)

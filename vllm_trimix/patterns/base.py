@@ -25,6 +25,8 @@ class DynamicPattern(Protocol):
         source: Paper and section.
         last_rows: Last rows of a chunk that the choice looks at; 0 when it looks at none.
         block_size: Rows of a tile and keys of a block.
+        budget: Keys that a row sees by the parameters alone, where there are so many; None when the prompt decides.
+            Rounding to blocks comes on top.
         kind: Heads of one kind are selected together.
     """
 
@@ -34,6 +36,9 @@ class DynamicPattern(Protocol):
 
     @property
     def block_size(self) -> int: ...
+
+    @property
+    def budget(self) -> int | None: ...
 
     @property
     def kind(self) -> tuple[object, ...]: ...

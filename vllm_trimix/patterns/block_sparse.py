@@ -33,6 +33,11 @@ class BlockSparse:
     block_size: BlockSize = 64
 
     @property
+    def budget(self) -> int:
+        """The keys of whole blocks."""
+        return self.top_k * self.block_size
+
+    @property
     def kind(self) -> tuple[str]:
         """Heads of one kind are selected together."""
         return (self.name,)

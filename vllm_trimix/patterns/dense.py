@@ -8,7 +8,7 @@ from typing import ClassVar
 from pydantic.dataclasses import dataclass
 
 from vllm_trimix.patterns.base import STRICT, BlockSize, tiles_of
-from vllm_trimix.patterns.selection import Chunk, Selection
+from vllm_trimix.patterns.selection import EVERYTHING, Chunk, Selection
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -24,6 +24,11 @@ class Dense:
     last_rows: ClassVar[int] = 0
 
     block_size: BlockSize = 64
+
+    @property
+    def budget(self) -> int:
+        """All keys."""
+        return EVERYTHING
 
     @property
     def kind(self) -> tuple[str]:

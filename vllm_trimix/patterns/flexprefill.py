@@ -47,6 +47,11 @@ class FlexPrefill:
     block_size: BlockSize = 128
 
     @property
+    def budget(self) -> None:
+        """As many as hold ``gamma``."""
+        return None
+
+    @property
     def kind(self) -> tuple[str]:
         """Heads of one kind are selected together."""
         return (self.name,)

@@ -16,8 +16,6 @@ from vllm_trimix.patterns.selection import EVERYTHING, Chunk, Selection
 
 FORCED_COLUMNS = 30
 FORCED_SLASHES = 100
-# Above every sum of 64 rows' attention.
-_FORCED = 1000.0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -39,6 +37,11 @@ class VerticalSlash:
     block_size: BlockSize = 64
 
     @property
+    def budget(self) -> int:
+        """A key for each vertical and each slash."""
+        return self.vertical_size + self.slash_size
+
+    @property
     def kind(self) -> tuple[str]:
         """Heads of one kind are selected together."""
         return (self.name,)
@@ -50,9 +53,9 @@ class VerticalSlash:
         tiles = tiles_of(heads[0].block_size, chunk)
         columns, slashes = column_and_slash_sums(chunk.q_last[:, -cls.last_rows :], chunk.k, chunk.scale)
         columns[:, :FORCED_COLUMNS] = math.inf
-        # The nearest first: a budget below their number must not leave the choice to chance.
-        near = slashes[:, :FORCED_SLASHES]
-        near.copy_(_FORCED * torch.arange(near.shape[1], 0, -1, device=device).expand_as(near))
+        # Larger than any sum, and the nearest the largest: a budget may be smaller than what is forced.
+        nearest = slashes[:, :FORCED_SLASHES]
+        nearest.copy_(torch.arange(nearest.shape[1], 0, -1, device=device) + float(cls.last_rows))
         vertical_sizes, slash_sizes = zip(*((head.vertical_size, head.slash_size) for head in heads), strict=True)
         ranked = columns.topk(min(max(vertical_sizes), num_keys), dim=1).indices
         kept = kept_columns(ranked, per_head(vertical_sizes, device), EVERYTHING)

@@ -41,6 +41,11 @@ class XAttention:
             raise ValueError(f"stride: {self.stride} does not divide block_size ({self.block_size}); choose 4, 8 or 16")
 
     @property
+    def budget(self) -> None:
+        """As many as hold ``threshold``."""
+        return None
+
+    @property
     def kind(self) -> tuple[str, int]:
         """Heads of one kind are selected together."""
         return self.name, self.stride
