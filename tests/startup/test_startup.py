@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -204,6 +205,8 @@ def test_doctor(models: dict[str, str]) -> None:
     assert "layers 2-3 of 4 run the triangle by kernel torch_cpu on CPU_ATTN" in good.stdout
     assert "survives pickling into a fresh process" in good.stdout
     assert "torch_cpu: error" in good.stdout
+    kernel = r"ok +cpu kernel +(compiled, would run as \w+ for bf16|plain PyTorch \(.*was not built)"
+    assert re.search(kernel, good.stdout)
     bad = doctor(models["llama"], "--config", '{"layers": "9"}', VLLM_PLUGINS="lora")
     assert bad.returncode == 1
     assert "'9' is outside this model's 4 layers" in bad.stdout

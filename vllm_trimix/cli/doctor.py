@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
         ("registration", _registration),
         ("spawn", _spawn),
         ("kernel", _kernel),
+        ("cpu kernel", _cpu_kernel),
     ]
     if args.model:
         checks.append(("model", lambda: _model(args.model, args.config)))
@@ -109,6 +110,18 @@ def _kernel() -> str:
     if not error <= 2 * plain + 1e-2:
         raise RuntimeError(f"{name}: error {error:.2g} against fp64; plain PyTorch in the same precision {plain:.2g}")
     return f"{name}: error {error:.2g} against fp64 (plain PyTorch in the same precision: {plain:.2g})"
+
+
+def _cpu_kernel() -> str:
+    """The compiled sparse kernel is an addition: without it the same runs on plain PyTorch."""
+    from vllm_trimix.kernels import cpp_sparse
+
+    reason = cpp_sparse.unavailable_reason()
+    if reason:
+        return f"plain PyTorch ({reason})"
+    found = [isa for isa in cpp_sparse.available_isas() if isa != "amx_emulated"]
+    others = [isa for isa in found if isa not in cpp_sparse.BF16_ONLY]
+    return f"compiled, would run as {found[0]} for bf16 and as {others[0]} for fp16 and fp32"
 
 
 def _model(model: str, config: str | None) -> str:
