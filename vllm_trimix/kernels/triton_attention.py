@@ -99,21 +99,26 @@ def check_queries_and_cache(q: torch.Tensor, k_cache: torch.Tensor, v_cache: tor
         )
     if out.shape != q.shape or out.dtype not in OUTPUT_DTYPES:
         raise ValueError(f"out is {out.dtype} {list(out.shape)}; expected {list(q.shape)} in {OUTPUT_DTYPES}")
-    if k_cache.ndim != 4 or k_cache.shape[3] != q.shape[2]:
-        raise ValueError(
-            f"k_cache is {list(k_cache.shape)}; expected [num_blocks, num_kv_heads, block_size, {q.shape[2]}]"
-        )
+    check_keys(k_cache, q.dtype, q.shape[2])
     for got, expected in ((v_cache.dtype, k_cache.dtype), (v_cache.shape, k_cache.shape)):
         if got != expected:
             raise ValueError(f"v_cache has {got}; expected k_cache's {expected}")
     if v_cache.stride() != k_cache.stride():
         raise ValueError(f"v_cache has strides {v_cache.stride()}; expected k_cache's {k_cache.stride()}")
-    if k_cache.dtype != q.dtype and k_cache.dtype not in FP8_CACHE_DTYPES:
-        raise ValueError(f"the cache is {k_cache.dtype}; expected q's {q.dtype} or one of {FP8_CACHE_DTYPES}")
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("out", out)):
         if tensor.stride(-1) != 1:
             raise ValueError(f"the last dimension of {name} has stride {tensor.stride(-1)}; expected 1")
     check_devices(q.device, k_cache=k_cache, v_cache=v_cache, out=out)
+
+
+def check_keys(k_cache: torch.Tensor, q_dtype: torch.dtype, head_size: int) -> None:
+    """Raises ValueError for a cache of keys whose shape or dtype doesn't go with the queries'."""
+    if k_cache.ndim != 4 or k_cache.shape[3] != head_size:
+        raise ValueError(
+            f"k_cache is {list(k_cache.shape)}; expected [num_blocks, num_kv_heads, block_size, {head_size}]"
+        )
+    if k_cache.dtype != q_dtype and k_cache.dtype not in FP8_CACHE_DTYPES:
+        raise ValueError(f"the cache is {k_cache.dtype}; expected q's {q_dtype} or one of {FP8_CACHE_DTYPES}")
 
 
 def check_table(name: str, tensor: torch.Tensor, columns: int | None = None) -> None:
