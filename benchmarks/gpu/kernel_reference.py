@@ -1,14 +1,15 @@
-"""The Triton kernel on the device against its fp64 definition: the cases of the interpreter tests, and larger ones."""
+"""The Triton kernels on the device against their definitions: the cases of the interpreter tests, and larger ones."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
+from typing import Any
 
 from benchmarks.gpu.report import Report
-from tests.kernels.test_triton_triangle import CASES
+from tests.kernels import sparse_interpreter, test_triton_estimate, test_triton_sparse, test_triton_triangle
 from tests.kernels.triton_interpreter import Case, interpreter_pool, run_case
 
 _WORKERS = 8
@@ -37,9 +38,21 @@ def pairs() -> dict[str, Case]:
     return found
 
 
+def _runner(case: Any) -> Callable[[Any, str], None]:
+    """What runs a case of its kind on a device."""
+    kinds = {
+        Case: run_case,
+        sparse_interpreter.SparseCase: sparse_interpreter.run_case,
+        test_triton_estimate.EstimateCase: test_triton_estimate.run_case,
+    }
+    return kinds[type(case)]
+
+
 def kernel_reference(report: Report) -> None:
     """Runs every case; one check for all, and one for each that fails."""
-    cases = {**CASES, **pairs()}
+    cases: dict[str, Any] = {**test_triton_triangle.CASES, **pairs()}
+    cases |= {f"sparse-{name}": case for name, case in test_triton_sparse.CASES.items()}
+    cases |= {f"estimate-{name}": case for name, case in test_triton_estimate.CASES.items()}
     if report.settings["cases"] is not None:
         cases = {name: cases[name] for name in report.settings["cases"]}
     passed: list[str] = []
@@ -72,9 +85,9 @@ def _use_device() -> None:
     torch.set_num_threads(1)
 
 
-def _run(report: Report, pool: Executor, cases: dict[str, Case], passed: list[str], skipped: list[str]) -> None:
+def _run(report: Report, pool: Executor, cases: dict[str, Any], passed: list[str], skipped: list[str]) -> None:
     device = "cuda" if report.cuda else "cpu"
-    running = {name: pool.submit(run_case, case, device) for name, case in cases.items()}
+    running = {name: pool.submit(_runner(case), case, device) for name, case in cases.items()}
     for name, future in running.items():
         error = future.exception()
         if error is None:

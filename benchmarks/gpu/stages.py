@@ -72,8 +72,8 @@ STAGES = [
     Stage(
         "kernel_reference",
         "benchmarks.gpu.kernel_reference:kernel_reference",
-        75,
-        "the Triton kernel against its definition: dtypes, head sizes, GQA, pages, layouts",
+        120,
+        "the Triton kernels against their definitions: dtypes, head sizes, GQA, pages, layouts",
         {"cases": None},
         {
             "cases": [
@@ -83,6 +83,8 @@ STAGES = [
                 "page64-BSH",
                 "cache-float8_e4m3fn-q-bfloat16",
                 "cache-float8_e5m2-q-float16",
+                "sparse-65-columns",
+                "estimate-64-rows-65-keys",
             ]
         },
     ),

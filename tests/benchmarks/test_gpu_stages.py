@@ -249,11 +249,11 @@ def test_tensors_keep_their_layout_on_the_way_to_a_device() -> None:
     pytest.importorskip("triton", reason="the kernel needs Triton (Linux)")
     import torch
 
-    from tests.kernels.triton_interpreter import Case, _build, _on_device
+    from tests.kernels.triton_interpreter import Case, _build, on_device
 
     for case in (Case(((0, 5), (1100, 14)), dense=(1,), programs=8), Case(((60, 9),), order="SBH")):
         arguments = _build(case).arguments
-        moved = _on_device(arguments, "cpu:0")
+        moved = on_device(arguments, "cpu:0")
         for name, tensor in arguments.items():
             if name == "partials" and tensor is not None:
                 assert moved[name].values.shape == tensor.values.shape
@@ -345,7 +345,7 @@ def test_one_real_stage_and_its_resumption(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stdout + found.stderr
     result = load(tmp_path / "out" / "kernel_reference.json")
     assert result is not None
-    assert (result["status"], result["cases"], result["cases_skipped"]) == ("passed", 6, [])
+    assert (result["status"], result["cases"], result["cases_skipped"]) == ("passed", 8, [])
     assert result["environment"]["versions"]["vllm"]
 
 

@@ -26,6 +26,8 @@ VERSIONS = ("3.7.1", "3.6.0")
 LATER = "3.8.0"
 # Shared memory a thread block may use, in KiB (CUDA programming guide, "compute capabilities").
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+WALKS_KEYS = ("prefill", "sparse-64", "sparse-128")
+ESTIMATES = ("estimate-stats", "estimate-sums")
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 Compiled = tuple[str, list[dict[str, Any]]]
 
@@ -98,7 +100,8 @@ class TestDataCentreGpus:
         text, reports = defaults(version)
         assert text.startswith(f"Triton {version}\n")
         variants = {(r["variant"]["capability"], r["variant"]["kernel"], r["variant"]["head_size"]) for r in reports}
-        sizes = [("prefill", 64), ("prefill", 96), ("prefill", 128), ("prefill", 256), ("merge", 128)]
+        sizes = [(kernel, size) for kernel in WALKS_KEYS for size in (64, 96, 128, 256)]
+        sizes += [("merge", 128), *((kernel, size) for kernel in ESTIMATES for size in (128, 256))]
         assert variants == {(capability, *size) for capability in (80, 90, 100) for size in sizes}
 
     def test_fits_without_spills(self, defaults: Callable[[str], Compiled], version: str) -> None:
@@ -109,7 +112,7 @@ class TestDataCentreGpus:
         self, defaults: Callable[[str], Compiled], version: str
     ) -> None:
         for report in defaults(version)[1]:
-            if report["variant"]["kernel"] == "prefill":
+            if report["variant"]["kernel"] != "merge":
                 assert report["matrix_instruction"] == MATRIX_INSTRUCTION[report["variant"]["capability"]], report
                 assert report["matrix_instructions"] > 0, report
                 assert report["async_copies"] > 0, report
@@ -117,7 +120,7 @@ class TestDataCentreGpus:
     def test_hopper_does_not_wait_after_every_product(self, defaults: Callable[[str], Compiled], version: str) -> None:
         """One wait a step, or one for each of its two products: registers suffice, and products overlap the softmax."""
         for report in defaults(version)[1]:
-            if report["variant"]["capability"] == 90 and report["variant"]["kernel"] == "prefill":
+            if report["variant"]["capability"] == 90 and report["variant"]["kernel"] in WALKS_KEYS:
                 assert 1 <= report["loop_waits"] <= 2, report
 
     def test_hopper_issues_no_slower_than_it_multiplies(
@@ -159,8 +162,35 @@ def test_gqa_groups_and_page_sizes(capability: int, tmp_path: Path) -> None:
         assert report["loop_waits"] <= 2, report
 
 
+@pytest.mark.parametrize("capability", [86, 89, 120])
+def test_sparse_prefill_on_gpus_with_little_shared_memory(capability: int, tmp_path: Path) -> None:
+    kernels = ("sparse-64", "sparse-128", *ESTIMATES)
+    for report in _compile(
+        [f"{capability},{d},bf16,bf16,{kernel}" for kernel in kernels for d in (128, 256)], tmp_path
+    )[1]:
+        _assert_fits(report)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_what_sparse_prefill_may_have_to_do(capability: int, tmp_path: Path) -> None:
+    """Blocks alone, columns alone, capped logits; other pages; fp8 of the head sizes that the table leaves out."""
+    fp8 = "fp8e5" if capability == 80 else "fp8e4nv"
+    variants = [
+        f"{capability},128,bf16,bf16,7,64,{kernel},{sparse}"
+        for kernel in ("sparse-64", "sparse-128")
+        for sparse in ("plain", "columns", "columns,band,soft_cap")
+    ]
+    variants += [f"{capability},{d},bf16,{fp8},4,48,sparse-128,columns,band,soft_cap" for d in (64, 256)]
+    for report in _compile(variants, tmp_path)[1]:
+        _assert_fits(report)
+        assert report["matrix_instruction"] == MATRIX_INSTRUCTION[capability], report
+        assert capability != 90 or 1 <= report["loop_waits"] <= 2, report
+
+
 def test_fp32_stays_ieee(tmp_path: Path) -> None:
     """No tensor core: those would round fp32 to TF32."""
-    for report in _compile([f"90,{head_size},fp32,fp32" for head_size in (64, 128, 256)], tmp_path)[1]:
+    kernels = ("prefill", "sparse-64", "sparse-128", *ESTIMATES)
+    variants = [f"90,{head_size},fp32,fp32,{kernel}" for head_size in (64, 128, 256) for kernel in kernels]
+    for report in _compile(variants, tmp_path)[1]:
         _assert_fits(report)
         assert report["matrix_instruction"] == "", report

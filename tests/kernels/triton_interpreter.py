@@ -87,7 +87,7 @@ def run_case(case: Case, device: str = "cpu") -> None:
     from vllm_trimix.kernels.triton_triangle import triangle_prefill
 
     problem = _build(case)
-    arguments = problem.arguments if device == "cpu" else _on_device(problem.arguments, device)
+    arguments = problem.arguments if device == "cpu" else on_device(problem.arguments, device)
     triangle_prefill(**arguments)
     assert problem.num_slots > 0 or not case.programs, "the case was to split keys"
     out = arguments["out"].cpu()
@@ -189,7 +189,7 @@ def _visible(case: Case, index: int) -> torch.Tensor:
     return (j <= i) & ((j < case.n_init) | (i - j < case.n_local) | (index in case.dense))
 
 
-def _strided(shape: tuple[int, ...], dtype: torch.dtype, *, huge: bool) -> torch.Tensor:
+def strided(shape: tuple[int, ...], dtype: torch.dtype, *, huge: bool) -> torch.Tensor:
     """A NaN-filled tensor, or a zero one whose rows are 2**30 elements apart in reserved, mostly untouched memory."""
     if not huge:
         return torch.full(shape, math.nan).to(dtype)
@@ -217,8 +217,8 @@ def _build(case: Case) -> _Problem:
     for _, rows in case.spans:
         first_rows.append(num_tokens)
         num_tokens += rows + gap
-    q = _strided((num_tokens, num_heads, case.head_size), q_dtype, huge=case.huge == "q")
-    out = _strided((num_tokens, num_heads, case.head_size), out_dtype, huge=case.huge == "out")
+    q = strided((num_tokens, num_heads, case.head_size), q_dtype, huge=case.huge == "q")
+    out = strided((num_tokens, num_heads, case.head_size), out_dtype, huge=case.huge == "out")
     q.fill_(1)
     out.fill_(math.nan)
 
@@ -228,14 +228,14 @@ def _build(case: Case) -> _Problem:
     # K and V of a token lie side by side, as in vLLM's cache.
     extent = {"B": num_blocks, "H": case.num_kv_heads, "S": case.block_size}
     shape = (*(extent[dim] for dim in case.order), 2 * case.head_size)
-    cache = _strided(shape, cache_dtype, huge=case.huge == "cache")
+    cache = strided(shape, cache_dtype, huge=case.huge == "cache")
     cache = cache.permute(*(case.order.index(dim) for dim in "BHS"), 3)
     k_cache, v_cache = cache.split(case.head_size, dim=-1)
 
     # Requests sit in shuffled rows of the block table; pages are shuffled, and page 0 is nobody's.
     num_requests = len(case.spans)
     table_rows = (1 + torch.randperm(num_requests + 1, generator=generator))[:num_requests].tolist()
-    block_table = _strided((num_requests + 2, max_blocks), torch.int32, huge=case.huge == "block_table").zero_()
+    block_table = strided((num_requests + 2, max_blocks), torch.int32, huge=case.huge == "block_table").zero_()
     free_pages = (1 + torch.randperm(num_blocks - 1, generator=generator)).tolist()
 
     step = case.tile_rows or tile_rows_for(num_heads, case.num_kv_heads, case.head_size, q_dtype.itemsize)
@@ -306,7 +306,7 @@ def _build(case: Case) -> _Problem:
     return _Problem(arguments, all_keys, all_values, first_rows, work.num_slots)
 
 
-def _on_device(arguments: dict, device: str) -> dict:
+def on_device(arguments: dict, device: str) -> dict:
     """The same tensors on a device, strides, offsets and shared memory included; bytes outside them are all ones."""
     storages: dict[int, torch.Tensor] = {}
     moved = dict(arguments)

@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vllm_trimix.kernels import triton_merge
-from vllm_trimix.kernels.triton_configs import config_for, padded_tile, tile_rows_for
+from vllm_trimix.kernels.triton_configs import (
+    TileConfig,
+    config_for,
+    estimate_config_for,
+    padded_tile,
+    sparse_config_for,
+    tile_rows_for,
+)
+from vllm_trimix.kernels.triton_estimate import estimate_constants, estimate_kernel
+from vllm_trimix.kernels.triton_sparse import sparse_constants, sparse_prefill_kernel
 from vllm_trimix.kernels.triton_triangle import kernel_constants, triangle_prefill_kernel
 
 _TYPES = {
@@ -31,6 +40,7 @@ _TYPES = {
 # The tensor-core instructions of each generation, oldest last.
 _MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 _NUM_KV_HEADS = 8
+_KERNELS = ("prefill", "merge", "sparse-64", "sparse-128", "estimate-stats", "estimate-sums")
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,9 @@ class Variant:
         group: Query heads per KV head.
         block_size: Tokens of a page.
         n_init: Sink keys.
-        kernel: ``prefill``, or ``merge`` for the merge of partial results.
+        kernel: ``prefill``; ``merge`` for the merge of partial results; ``sparse-64`` and ``sparse-128`` for sparse
+            prefill by blocks of that size; ``estimate-stats`` and ``estimate-sums`` for the estimate's two passes.
+        sparse: What the sparse kernel has to do besides blocks: ``columns``, ``band``, ``soft_cap``.
     """
 
     capability: int
@@ -56,6 +68,7 @@ class Variant:
     block_size: int = 16
     n_init: int = 8
     kernel: str = "prefill"
+    sparse: tuple[str, ...] = ("columns", "band")
 
 
 @dataclass(frozen=True)
@@ -94,9 +107,10 @@ class Report:
 
 
 def default_variants() -> list[Variant]:
-    """Data-centre GPUs x head sizes x (bf16, fp16, fp8 cache, fp8 queries and cache), and the merge.
+    """Data-centre GPUs x head sizes x (bf16, fp16, fp8 cache, fp8 queries and cache), the merge, and sparse prefill.
 
-    Compute capability 8.0 has no e4m3, so e5m2 there, and no fp8 queries.
+    Sparse prefill with columns and a band, which cost most. Compute capability 8.0 has no e4m3, so e5m2 there, and no
+    fp8 queries.
     """
     variants = []
     for capability in (80, 90, 100):
@@ -106,13 +120,26 @@ def default_variants() -> list[Variant]:
             for q_dtype, cache_dtype in pairs if capability >= 89 else pairs[:3]:
                 variants.append(Variant(capability, head_size, q_dtype, cache_dtype))
         variants.append(Variant(capability, 128, kernel="merge"))
+        for kernel in ("sparse-64", "sparse-128"):
+            variants += [Variant(capability, head_size, kernel=kernel) for head_size in (64, 96, 128, 256)]
+            fp8_pairs = pairs[2:] if capability >= 89 else pairs[2:3]
+            variants += [Variant(capability, 128, *dtypes, kernel=kernel) for dtypes in fp8_pairs]
+        for kernel in ("estimate-stats", "estimate-sums"):
+            variants += [Variant(capability, head_size, kernel=kernel) for head_size in (128, 256)]
     return variants
 
 
 def compile_variant(variant: Variant) -> Report:
     """Compiles one variant to a cubin with the default launch shape and reads its resources back."""
     start = time.perf_counter()
-    compiled = _compile_prefill(variant) if variant.kernel == "prefill" else _compile_merge(variant)
+    if variant.kernel == "prefill":
+        compiled = _compile_prefill(variant)
+    elif variant.kernel == "merge":
+        compiled = _compile_merge(variant)
+    elif variant.kernel.startswith("sparse"):
+        compiled = _compile_sparse(variant)
+    else:
+        compiled = _compile_estimate(variant)
     seconds = time.perf_counter() - start
     ptx = compiled.asm["ptx"]
     counts = {name: len(re.findall(rf"^\s*(?:@\S+ )?{re.escape(name)}\b", ptx, re.M)) for name in _MATRIX_INSTRUCTIONS}
@@ -164,55 +191,126 @@ def _torch_dtype(name: str) -> torch.dtype:
 def _tile(variant: Variant) -> str:
     if variant.kernel == "merge":
         return f"{triton_merge.BLOCK_ROWS} rows, {triton_merge.NUM_WARPS}w"
-    q_size, cache_size = (_torch_dtype(name).itemsize for name in (variant.q_dtype, variant.cache_dtype))
-    config = config_for(variant.head_size, q_size, cache_size, variant.capability)
+    config = _config(variant)
     ahead = ", ahead" if config.lookahead else ""
     return f"{config.block_m}x{config.block_n}, {config.num_warps}w, {config.num_stages}s{ahead}"
 
 
+def _config(variant: Variant) -> TileConfig:
+    q_size, cache_size = (_torch_dtype(name).itemsize for name in (variant.q_dtype, variant.cache_dtype))
+    if variant.kernel == "prefill":
+        return config_for(variant.head_size, q_size, cache_size, variant.capability)
+    if variant.kernel.startswith("estimate"):
+        return estimate_config_for(variant.head_size, q_size)
+    return sparse_config_for(variant.head_size, q_size, cache_size, _sparse_block(variant), variant.capability)
+
+
+def _sparse_block(variant: Variant) -> int:
+    return int(variant.kernel.removeprefix("sparse-"))
+
+
 def _compile_prefill(variant: Variant) -> triton.compiler.CompiledKernel:
     q_dtype, cache_dtype = _torch_dtype(variant.q_dtype), _torch_dtype(variant.cache_dtype)
-    config = config_for(variant.head_size, q_dtype.itemsize, cache_dtype.itemsize, variant.capability)
-    has_q_scale, has_kv_scale = q_dtype.itemsize == 1, cache_dtype.itemsize == 1
-    row = 2 * variant.head_size
+    scales = _scales(variant)
     constants = kernel_constants(
-        config,
+        _config(variant),
         q_dtype=q_dtype,
         cache_dtype=cache_dtype,
         num_heads=_NUM_KV_HEADS * variant.group,
         num_kv_heads=_NUM_KV_HEADS,
         head_size=variant.head_size,
         block_size=variant.block_size,
-        # vLLM's default order: blocks, heads, tokens, keys beside values.
-        cache_stride=(_NUM_KV_HEADS * variant.block_size * row, variant.block_size * row, row),
+        cache_stride=_cache_stride(variant),
         tile_rows=tile_rows_for(variant.group, 1, variant.head_size, q_dtype.itemsize, variant.capability),
         n_init=variant.n_init,
-        has_q_scale=has_q_scale,
-        has_k_scale=has_kv_scale,
-        has_v_scale=has_kv_scale,
+        **{f"has_{name}": present for name, present in scales.items()},
     )
-    scales = {"q_scale_ptr": has_q_scale, "k_scale_ptr": has_kv_scale, "v_scale_ptr": has_kv_scale}
-    types = {
-        "q_ptr": f"*{variant.q_dtype}",
-        "k_ptr": f"*{variant.cache_dtype}",
-        "v_ptr": f"*{variant.cache_dtype}",
-        "out_ptr": "*bf16" if has_q_scale else f"*{variant.q_dtype}",
+    types = _attention_types(variant) | {
         "partial_ptr": "*fp32",
         "partial_stats_ptr": "*fp32",
         "block_table_ptr": "*i32",
         "items_ptr": "*i32",
+    }
+    constants |= {f"{name}_ptr": None for name, present in scales.items() if not present}
+    return _compile(triangle_prefill_kernel, types, constants, variant.capability, _options(_config(variant)))
+
+
+def _compile_sparse(variant: Variant) -> triton.compiler.CompiledKernel:
+    scales = _scales(variant)
+    has_columns, has_band = "columns" in variant.sparse, "band" in variant.sparse
+    constants = sparse_constants(
+        _config(variant),
+        q_dtype=_torch_dtype(variant.q_dtype),
+        cache_dtype=_torch_dtype(variant.cache_dtype),
+        group=variant.group,
+        head_size=variant.head_size,
+        page_size=variant.block_size,
+        cache_stride=_cache_stride(variant),
+        block_size=_sparse_block(variant),
+        has_columns=has_columns,
+        has_band=has_band,
+        has_soft_cap="soft_cap" in variant.sparse,
+        **{f"has_{name}": present for name, present in scales.items()},
+    )
+    tables = {
+        "block_table": True,
+        "block_count": True,
+        "block_index": True,
+        "column_count": has_columns,
+        "column_index": has_columns,
+        "band": has_band,
+        "keys_read": True,
+    }
+    types = _attention_types(variant) | {f"{name}_ptr": "*i32" for name in tables}
+    constants |= {f"{name}_ptr": None for name, present in (tables | scales).items() if not present}
+    return _compile(sparse_prefill_kernel, types, constants, variant.capability, _options(_config(variant)))
+
+
+def _compile_estimate(variant: Variant) -> triton.compiler.CompiledKernel:
+    scales = {name: present for name, present in _scales(variant).items() if name != "v_scale"}
+    constants = estimate_constants(
+        _config(variant),
+        q_dtype=_torch_dtype(variant.q_dtype),
+        cache_dtype=_torch_dtype(variant.cache_dtype),
+        head_size=variant.head_size,
+        page_size=variant.block_size,
+        cache_stride=_cache_stride(variant),
+        **{f"has_{name}": present for name, present in scales.items()},
+    )
+    constants |= {f"{name}_ptr": None for name, present in scales.items() if not present}
+    constants["IS_STATS"] = variant.kernel == "estimate-stats"
+    sums = dict.fromkeys(("max_ptr", "sum_ptr", "columns_ptr", "slashes_ptr"), "*fp32")
+    types = _attention_types(variant) | {"block_table_ptr": "*i32"} | sums
+    return _compile(estimate_kernel, types, constants, variant.capability, _options(_config(variant)))
+
+
+def _scales(variant: Variant) -> dict[str, bool]:
+    """Which dequantisation scales the kernel gets."""
+    has_q, has_kv = (_torch_dtype(name).itemsize == 1 for name in (variant.q_dtype, variant.cache_dtype))
+    return {"q_scale": has_q, "k_scale": has_kv, "v_scale": has_kv}
+
+
+def _cache_stride(variant: Variant) -> tuple[int, int, int]:
+    """vLLM's default order: blocks, heads, tokens, keys beside values."""
+    row = 2 * variant.head_size
+    return (_NUM_KV_HEADS * variant.block_size * row, variant.block_size * row, row)
+
+
+def _attention_types(variant: Variant) -> dict[str, str]:
+    """Types of what the kernels take alike."""
+    return {
+        "q_ptr": f"*{variant.q_dtype}",
+        "k_ptr": f"*{variant.cache_dtype}",
+        "v_ptr": f"*{variant.cache_dtype}",
+        "out_ptr": "*bf16" if _scales(variant)["q_scale"] else f"*{variant.q_dtype}",
         "scale": "fp32",
         "soft_cap": "fp32",
-        **dict.fromkeys(scales, "*fp32"),
+        **dict.fromkeys(("q_scale_ptr", "k_scale_ptr", "v_scale_ptr"), "*fp32"),
     }
-    constants |= {name: None for name, present in scales.items() if not present}
-    return _compile(
-        triangle_prefill_kernel,
-        types,
-        constants,
-        variant.capability,
-        {"num_warps": config.num_warps, "num_stages": config.num_stages},
-    )
+
+
+def _options(config: TileConfig) -> dict[str, int | None]:
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.max_registers}
 
 
 def _compile_merge(variant: Variant) -> triton.compiler.CompiledKernel:
@@ -241,12 +339,14 @@ def _compile(
     kernel: triton.JITFunction, types: dict[str, str], constants: dict[str, object], capability: int, options: dict
 ) -> triton.compiler.CompiledKernel:
     signature, attributes = {}, {}
-    for index, name in enumerate(kernel.arg_names):
+    for index, parameter in enumerate(kernel.params):
+        name = parameter.name
         signature[name] = "constexpr" if name in constants else types.get(name, "i32")
         # What a launch finds: aligned pointers, strides that are multiples of 16, n_local 512; but not the block
-        # table's stride.
+        # table's stride, nor what the kernel is never specialised on.
         aligned = name.endswith("_ptr") or name.startswith("stride_") or name == "n_local"
-        if name not in constants and aligned and name != "stride_table":
+        free = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+        if name not in constants and aligned and not free and name != "stride_table":
             attributes[(index,)] = [["tt.divisibility", 16]]
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
@@ -290,9 +390,14 @@ def _inspect(cubin: bytes) -> tuple[dict[str, int], list[tuple[int, str]]]:
 
 def _parse_variant(argument: str) -> Variant:
     capability, head_size, q_dtype, cache_dtype, *rest = argument.split(",")
-    kernel = "merge" if rest[-1:] == ["merge"] else "prefill"
-    numbers = dict(zip(("group", "block_size", "n_init"), (int(n) for n in rest if n != kernel), strict=False))
-    return Variant(int(capability), int(head_size), q_dtype, cache_dtype, **numbers, kernel=kernel)
+    numbers = [int(part) for part in rest if part.isdecimal()]
+    kernel, *sparse = [part for part in rest if not part.isdecimal()] or ["prefill"]
+    unknown = {kernel} - set(_KERNELS) or set(sparse) - {"plain", "columns", "band", "soft_cap"}
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown {sorted(unknown)} in {argument!r}; kernels are {_KERNELS}")
+    group, block_size, n_init = [*numbers, *(4, 16, 8)[len(numbers) :]]
+    variant = Variant(int(capability), int(head_size), q_dtype, cache_dtype, group, block_size, n_init, kernel=kernel)
+    return replace(variant, sparse=tuple(sparse)) if sparse else variant
 
 
 def main() -> None:
@@ -302,7 +407,7 @@ def main() -> None:
         "variants",
         nargs="*",
         type=_parse_variant,
-        metavar="CAPABILITY,HEAD_SIZE,QUERY,CACHE[,GROUP[,BLOCK_SIZE[,N_INIT]]][,merge]",
+        metavar="CAPABILITY,HEAD_SIZE,QUERY,CACHE[,GROUP[,BLOCK_SIZE[,N_INIT]]][,KERNEL[,plain|columns,band,soft_cap]]",
         help="variants to compile instead of the default ones, e.g. 90,128,bf16,bf16",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the reports to FILE, as JSON")

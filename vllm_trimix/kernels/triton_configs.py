@@ -24,6 +24,8 @@ class TileConfig:
         num_stages: Depth of the software pipeline over the keys.
         lookahead: Whether a step's scores are computed one step ahead, so that the tensor cores work on them while the
             softmax of the step before runs. Costs registers; only asynchronous tensor cores gain.
+        max_registers: Registers a thread that the compiler may use, where fewer let one more program share a
+            multiprocessor; None leaves it to the compiler.
     """
 
     block_m: int
@@ -31,6 +33,7 @@ class TileConfig:
     num_warps: int
     num_stages: int
     lookahead: bool = False
+    max_registers: int | None = None
 
 
 # (padded head size, bytes of the compute dtype) -> launch shape. fp32 runs on FMA units: small tiles, no tensor cores.
@@ -55,6 +58,17 @@ _SYNCHRONOUS = _BLACKWELL | {
     (64, 2): TileConfig(block_m=128, block_n=64, num_warps=8, num_stages=2),
     (128, 2): TileConfig(block_m=128, block_n=32, num_warps=8, num_stages=2),
 }
+# The sparse kernel, whose tiles are the selection's: (padded head size, block size), 16 bits. It keeps the next step's
+# addresses at hand, which leaves fewer registers: at head size 256 eight warps take half a tile of 128 rows. Where
+# two or three programs share a multiprocessor none needs to look ahead.
+_HOPPER_SPARSE = {
+    (64, 64): TileConfig(block_m=64, block_n=64, num_warps=4, num_stages=2, max_registers=168),
+    (64, 128): TileConfig(block_m=128, block_n=64, num_warps=8, num_stages=2, max_registers=128),
+    (128, 64): TileConfig(block_m=64, block_n=64, num_warps=4, num_stages=2),
+    (128, 128): TileConfig(block_m=128, block_n=64, num_warps=8, num_stages=2, lookahead=True),
+    (256, 64): TileConfig(block_m=64, block_n=32, num_warps=8, num_stages=2, lookahead=True),
+    (256, 128): TileConfig(block_m=64, block_n=32, num_warps=8, num_stages=2, lookahead=True),
+}
 
 
 def config_for(head_size: int, dtype_size: int, cache_size: int, capability: int = 90) -> TileConfig:
@@ -73,13 +87,54 @@ def config_for(head_size: int, dtype_size: int, cache_size: int, capability: int
         raise ValueError(f"head_size {head_size} is not a multiple of 16 between 16 and {MAX_HEAD_SIZE}")
     if dtype_size not in (1, 2, 4):
         raise ValueError(f"query elements of {dtype_size} bytes are not supported; expected 1 (fp8), 2 or 4")
-    padded = 64 if head_size <= 64 else 128 if head_size <= 128 else 256
+    padded = _padded(head_size)
     table = _HOPPER if 90 <= capability < 100 else _BLACKWELL if 100 <= capability < 120 else _SYNCHRONOUS
     config = table[padded, max(2, dtype_size)]
     if padded == 256 and cache_size < dtype_size:
         # The widened keys and values take the registers that looking ahead needs.
         config = replace(config, lookahead=False)
     return config
+
+
+def sparse_config_for(
+    head_size: int, dtype_size: int, cache_size: int, block_size: int, capability: int = 90
+) -> TileConfig:
+    """Launch shape of the sparse kernel; ``block_m`` divides ``block_size``, ``block_n`` too.
+
+    Args:
+        head_size: True head size, a multiple of 16 up to 256.
+        dtype_size: Bytes of one query element: 1 (fp8), 2 or 4.
+        cache_size: Bytes of one cache element.
+        block_size: Rows of a tile of the index.
+        capability: Compute capability times ten.
+
+    Raises:
+        ValueError: The head size or element size isn't supported.
+    """
+    config = config_for(head_size, dtype_size, cache_size, capability)
+    if dtype_size != 4 and 90 <= capability < 100:
+        config = _HOPPER_SPARSE[_padded(head_size), block_size]
+    elif config.block_m > block_size:
+        config = replace(config, block_m=block_size, num_warps=config.num_warps * block_size // config.block_m)
+    # As above, widened operands need the registers; Blackwell's compiler spills where it looks ahead.
+    if cache_size < dtype_size or capability >= 100:
+        config = replace(config, lookahead=False)
+    return config
+
+
+def estimate_config_for(head_size: int, dtype_size: int) -> TileConfig:
+    """Launch shape of the estimate kernel, whose tiles are square.
+
+    Args:
+        head_size: True head size, a multiple of 16 up to 256.
+        dtype_size: Bytes of one query element: 1 (fp8), 2 or 4.
+
+    Raises:
+        ValueError: The head size or element size isn't supported.
+    """
+    config_for(head_size, dtype_size, dtype_size)
+    side = 64 if dtype_size < 4 else 32
+    return TileConfig(block_m=side, block_n=side, num_warps=8 if head_size > 128 else 4, num_stages=2)
 
 
 def tile_rows_for(num_heads: int, num_kv_heads: int, head_size: int, dtype_size: int, capability: int = 90) -> int:
@@ -121,6 +176,10 @@ def capability_of(device: torch.device) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def _padded(head_size: int) -> int:
+    return 64 if head_size <= 64 else 128 if head_size <= 128 else 256
 
 
 def _power_of_two(number: int) -> int:

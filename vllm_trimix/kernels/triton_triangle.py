@@ -16,21 +16,22 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_trimix.kernels.triton_attention import (
+    accumulate,
+    cap_scores,
+    check_devices,
+    check_fp8,
+    check_logits,
+    check_queries_and_cache,
+    check_scales,
+    check_table,
+    matrix_dtypes,
+    scores_of,
+)
 from vllm_trimix.kernels.triton_configs import TileConfig, capability_of, config_for, group_size, padded_tile
 from vllm_trimix.kernels.triton_merge import Partials, merge_partials
 
 _INT32_MAX = 2**31 - 1
-
-_QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
-_OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_FP8_CACHE_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-# What the probabilities and values are multiplied in, by query dtype. Every fp8 value is exact in fp16.
-_COMPUTE_DTYPES = {
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float32: tl.float32,
-    torch.float8_e4m3fn: tl.float16,
-}
 
 
 @triton.jit
@@ -64,32 +65,6 @@ def _load_keys(
     if HEAD_SIZE != BLOCK_D:
         mask = mask & (offs_d < HEAD_SIZE)[None, :]
     return tl.load(kv_ptr + rows[:, None] + offs_d[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _scores(q, k, SCORE_DTYPE: tl.constexpr):
-    """[BLOCK_M, NUM_KEYS] fp32, without any scale."""
-    return tl.dot(q, tl.trans(k.to(SCORE_DTYPE)), input_precision="ieee")
-
-
-@triton.jit
-def _cap(scores, logit_scale, soft_cap):
-    """tanh of the capped logits, by an exponential that can't overflow."""
-    capped = scores * (logit_scale / soft_cap)
-    decay = tl.exp2(tl.abs(capped) * (-2.0 * 1.4426950408889634))
-    magnitude = (1.0 - decay) / (1.0 + decay)
-    return tl.where(capped < 0, -magnitude, magnitude)
-
-
-@triton.jit
-def _accumulate(acc, row_max, row_sum, scores, v, exponent_scale, COMPUTE_DTYPE: tl.constexpr):
-    """One step of the online softmax; ``row_max`` is in units of log2."""
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * exponent_scale)
-    p = tl.exp2(scores * exponent_scale - new_max[:, None])
-    rescale = tl.exp2(row_max - new_max)
-    row_sum = row_sum * rescale + tl.sum(p, 1)
-    acc = tl.dot(p.to(COMPUTE_DTYPE), v.to(COMPUTE_DTYPE), acc * rescale[:, None], input_precision="ieee")
-    return acc, new_max, row_sum
 
 
 @triton.jit
@@ -182,7 +157,7 @@ def triangle_prefill_kernel(
             k_ptr, pages_ptr, first_step, begin, end, offs_d,
             BLOCK_N, BLOCK_SIZE, HEAD_SIZE, BLOCK_D, STRIDE_BLOCK, STRIDE_TOKEN,
         )  # fmt: skip
-        next_scores = _scores(q, k, SCORE_DTYPE)
+        next_scores = scores_of(q, k, SCORE_DTYPE)
 
     if BLOCK_SINKS > 0:
         # One step without a loop where the sinks fit into one.
@@ -196,12 +171,12 @@ def triangle_prefill_kernel(
                 v_ptr, pages_ptr, first_key, 0, num_sinks, offs_d,
                 BLOCK_SINKS, BLOCK_SIZE, HEAD_SIZE, BLOCK_D, STRIDE_BLOCK, STRIDE_TOKEN,
             )  # fmt: skip
-            scores = _scores(q, sinks, SCORE_DTYPE)
+            scores = scores_of(q, sinks, SCORE_DTYPE)
             if HAS_SOFT_CAP:
-                scores = _cap(scores, logit_scale, soft_cap)
+                scores = cap_scores(scores, logit_scale, soft_cap)
             keys = (first_key + tl.arange(0, BLOCK_SINKS))[None, :]
             scores = tl.where((keys < num_sinks) & (keys <= position), scores, float("-inf"))
-            acc, row_max, row_sum = _accumulate(
+            acc, row_max, row_sum = accumulate(
                 acc, row_max, row_sum, scores, sink_values, exponent_scale, COMPUTE_DTYPE
             )
 
@@ -217,11 +192,11 @@ def triangle_prefill_kernel(
         )  # fmt: skip
         if LOOKAHEAD:
             scores = next_scores
-            next_scores = _scores(q, k, SCORE_DTYPE)
+            next_scores = scores_of(q, k, SCORE_DTYPE)
         else:
-            scores = _scores(q, k, SCORE_DTYPE)
+            scores = scores_of(q, k, SCORE_DTYPE)
         if HAS_SOFT_CAP:
-            scores = _cap(scores, logit_scale, soft_cap)
+            scores = cap_scores(scores, logit_scale, soft_cap)
         # Steps that every row sees whole need no mask. A row never sees a key that wasn't read.
         end_step = first_key + BLOCK_N
         is_edge = (first_key < begin) | (end_step > tl.minimum(end, first_position + 1))
@@ -231,7 +206,7 @@ def triangle_prefill_kernel(
             keys = tl.where((keys >= begin) & (keys < end), keys, INT32_MAX)
             age = (position - keys[None, :]).to(tl.uint32, bitcast=True)
             scores = tl.where(age < window.to(tl.uint32, bitcast=True), scores, float("-inf"))
-        acc, row_max, row_sum = _accumulate(acc, row_max, row_sum, scores, v, exponent_scale, COMPUTE_DTYPE)
+        acc, row_max, row_sum = accumulate(acc, row_max, row_sum, scores, v, exponent_scale, COMPUTE_DTYPE)
 
     # Loaded again: kept in registers through the loop they would cost it.
     num_tokens = tl.load(item_ptr + 2, volatile=True)
@@ -306,9 +281,6 @@ def kernel_constants(
     """
     group = group_size(num_heads, num_kv_heads)
     block_m, block_d = padded_tile(tile_rows, group, head_size)
-    compute = _COMPUTE_DTYPES[q_dtype]
-    # Equal fp8 dtypes multiply as they are, which is exact and needs no conversion.
-    native_fp8 = q_dtype == cache_dtype == torch.float8_e4m3fn
     block_sinks = 0 if n_init == 0 else min(64, max(16, triton.next_power_of_2(n_init)))
     return {
         "STRIDE_BLOCK": cache_stride[0],
@@ -324,8 +296,7 @@ def kernel_constants(
         "BLOCK_SINKS": block_sinks,
         "SINK_LOOP": n_init > block_sinks,
         "LOOKAHEAD": config.lookahead,
-        "SCORE_DTYPE": tl.float8e4nv if native_fp8 else compute,
-        "COMPUTE_DTYPE": compute,
+        **matrix_dtypes(q_dtype, cache_dtype),
         "HAS_SOFT_CAP": has_soft_cap,
         "HAS_Q_SCALE": has_q_scale,
         "HAS_K_SCALE": has_k_scale,
@@ -386,9 +357,15 @@ def triangle_prefill(
         ValueError: A shape, dtype, stride or parameter is outside what the kernel takes.
     """
     if variant is None:
-        _check_tensors(q, k_cache, v_cache, block_table, items, merges, out)
-        _check_parameters(n_init=n_init, n_local=n_local, scale=scale, soft_cap=soft_cap)
-        _check_scales(q.device, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
+        check_queries_and_cache(q, k_cache, v_cache, out)
+        check_table("block_table", block_table)
+        check_table("items", items, 8)
+        if merges is not None:
+            check_table("merges", merges, 4)
+        check_devices(q.device, block_table=block_table, items=items, merges=merges)
+        _check_window(n_init=n_init, n_local=n_local)
+        check_logits(scale=scale, soft_cap=soft_cap)
+        check_scales(q.device, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
         variant = _find_variant(
             q,
             k_cache,
@@ -443,8 +420,7 @@ def _find_variant(q: torch.Tensor, k_cache: torch.Tensor, *, tile_rows: int, n_i
     num_kv_heads, block_size = k_cache.shape[1:3]
     group = group_size(num_heads, num_kv_heads)
     capability = capability_of(q.device)
-    if torch.float8_e4m3fn in (q.dtype, k_cache.dtype) and capability < 89:
-        raise ValueError(f"float8_e4m3fn needs compute capability 8.9, this GPU has {capability / 10}")
+    check_fp8(q.dtype, k_cache.dtype, capability)
     config = config_for(head_size, q.element_size(), k_cache.element_size(), capability)
     max_rows = max(1, config.block_m // group)
     if not 1 <= tile_rows <= max_rows:
@@ -465,73 +441,14 @@ def _find_variant(q: torch.Tensor, k_cache: torch.Tensor, *, tile_rows: int, n_i
     return Variant(config, constants)
 
 
-def _check_scales(device: torch.device, **scales: torch.Tensor | None) -> None:
-    for name, factor in scales.items():
-        if factor is not None and (factor.numel() != 1 or factor.dtype != torch.float32 or factor.device != device):
-            raise ValueError(
-                f"{name} is {factor.dtype} {list(factor.shape)} on {factor.device}; expected one float32 on {device}"
-            )
-
-
 def _check_partials(partials: Partials, constants: dict[str, object]) -> None:
     tile = [constants["BLOCK_M"], constants["BLOCK_D"]]
     if list(partials.values.shape[1:]) != tile:
         raise ValueError(f"partials hold tiles of {list(partials.values.shape[1:])}; expected {tile}")
 
 
-def _check_parameters(*, n_init: int, n_local: int, scale: float, soft_cap: float) -> None:
+def _check_window(*, n_init: int, n_local: int) -> None:
     if not 0 <= n_init <= _INT32_MAX:
         raise ValueError(f"n_init {n_init} is outside 0-{_INT32_MAX}")
     if not 1 <= n_local <= _INT32_MAX:
         raise ValueError(f"n_local {n_local} is outside 1-{_INT32_MAX}; the window counts the query itself")
-    if not scale > 0:
-        raise ValueError(f"scale {scale} is not positive")
-    if not soft_cap >= 0:
-        raise ValueError(f"soft_cap {soft_cap} is negative; 0 turns it off")
-
-
-def _check_tensors(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    items: torch.Tensor,
-    merges: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
-    if q.ndim != 3 or q.dtype not in _QUERY_DTYPES:
-        raise ValueError(
-            f"q is {q.dtype} {list(q.shape)}; expected [num_tokens, num_heads, head_size] in {_QUERY_DTYPES}"
-        )
-    if out.shape != q.shape or out.dtype not in _OUTPUT_DTYPES:
-        raise ValueError(f"out is {out.dtype} {list(out.shape)}; expected {list(q.shape)} in {_OUTPUT_DTYPES}")
-    if k_cache.ndim != 4 or k_cache.shape[3] != q.shape[2]:
-        raise ValueError(
-            f"k_cache is {list(k_cache.shape)}; expected [num_blocks, num_kv_heads, block_size, {q.shape[2]}]"
-        )
-    for got, expected in ((v_cache.dtype, k_cache.dtype), (v_cache.shape, k_cache.shape)):
-        if got != expected:
-            raise ValueError(f"v_cache has {got}; expected k_cache's {expected}")
-    if v_cache.stride() != k_cache.stride():
-        raise ValueError(f"v_cache has strides {v_cache.stride()}; expected k_cache's {k_cache.stride()}")
-    if k_cache.dtype != q.dtype and k_cache.dtype not in _FP8_CACHE_DTYPES:
-        raise ValueError(f"the cache is {k_cache.dtype}; expected q's {q.dtype} or one of {_FP8_CACHE_DTYPES}")
-    for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("out", out)):
-        if tensor.stride(-1) != 1:
-            raise ValueError(f"the last dimension of {name} has stride {tensor.stride(-1)}; expected 1")
-    tables = [("block_table", block_table, None), ("items", items, 8)]
-    if merges is not None:
-        tables.append(("merges", merges, 4))
-    for name, tensor, columns in tables:
-        if tensor.ndim != 2 or tensor.dtype != torch.int32 or columns not in (None, tensor.shape[1]):
-            raise ValueError(
-                f"{name} is {tensor.dtype} {list(tensor.shape)}; expected int32 [rows, {columns or 'blocks'}]"
-            )
-        if tensor.stride(1) != 1:
-            raise ValueError(f"the last dimension of {name} has stride {tensor.stride(1)}; expected 1")
-        if columns is not None and not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tensor.stride()}; expected it contiguous")
-    tensors = [("k_cache", k_cache), ("v_cache", v_cache), ("out", out)]
-    for name, tensor in [*tensors, *((name, tensor) for name, tensor, _ in tables)]:
-        if tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device}, q on {q.device}")

@@ -1,0 +1,325 @@
+"""Run the sparse Triton kernel on a made-up selection and compare it with fp64 attention under ``Selection.mask``.
+
+As in ``triton_interpreter``, what imports Triton runs in the pool's process.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+from tests.budget import assert_within_budget
+from tests.kernels.triton_interpreter import on_device, strided
+from vllm_trimix.kernels.sparse_index import SparseIndex, build_index
+from vllm_trimix.patterns.selection import EVERYTHING, Selection, Tiles
+
+# Rows, and heads of each side of the slab, of other work: finite queries whose outputs must stay NaN.
+_GAP = 3
+
+
+@dataclass(frozen=True)
+class SparseCase:
+    """One call of the kernel.
+
+    Attributes:
+        position: Position of the first row.
+        rows: Rows.
+        group: Query heads per KV head.
+        num_kv_heads: KV heads.
+        head_size: Head size.
+        page_size: Tokens of a page.
+        block_size: Rows of a tile and keys of a block.
+        density: Share of the blocks before a tile's own that are selected.
+        num_columns: Columns of the head that has most; 0 is none in any head.
+        band: ``n_init`` and ``n_local`` of the heads, in turn; () is none. Heads that hide something have no columns:
+            an index leaves out the columns of a listed block, and a band would hide them there.
+        q_dtype: Query dtype, as in ``torch``.
+        cache_dtype: KV-cache dtype; "" is ``q_dtype``.
+        order: Memory order of the cache's pages, heads and slots, outermost first.
+        scales: Whether the fp8 tensors have scales other than 1.
+        soft_cap: Logit cap, 0 is off.
+        slab: First query head and heads of the call; None is all.
+        huge: Name of the tensor whose outermost dimension has a stride of 2**30 elements.
+        blocks: The selected blocks of each head and tile, instead of random ones; own and later ones are added and
+            dropped.
+        columns: The columns of each head, instead of random ones.
+    """
+
+    position: int
+    rows: int
+    group: int = 2
+    num_kv_heads: int = 2
+    head_size: int = 64
+    page_size: int = 16
+    block_size: int = 64
+    density: float = 0.4
+    num_columns: int = 0
+    band: tuple[tuple[int, int], ...] = ()
+    q_dtype: str = "float16"
+    cache_dtype: str = ""
+    order: str = "BHS"
+    scales: bool = True
+    soft_cap: float = 0.0
+    slab: tuple[int, int] | None = None
+    huge: str = ""
+    blocks: tuple[tuple[frozenset[int], ...], ...] = ()
+    columns: tuple[frozenset[int], ...] = ()
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        return self.slab or (0, self.group * self.num_kv_heads)
+
+
+@dataclass
+class _Problem:
+    """Tensors of a case. ``keys`` and ``values`` are the logical [num_kv_heads, num_keys, head_size]."""
+
+    arguments: dict[str, Any]
+    selection: Selection
+    keys: torch.Tensor
+    values: torch.Tensor
+    all_read: torch.Tensor
+
+
+def run_case(case: SparseCase, device: str = "cpu") -> None:
+    """Runs the kernel on a case and asserts the result; on ``cpu`` call it in the pool."""
+    from vllm_trimix.kernels.triton_sparse import sparse_prefill
+
+    problem = _build(case)
+    arguments = problem.arguments
+    if device != "cpu":
+        all_read = problem.all_read.to(device)
+        index = SparseIndex(
+            arguments["index"].tiles, *(None if part is None else part.to(device) for part in arguments["index"][1:])
+        )
+        read = all_read[:, : arguments["keys_read"].shape[1]]
+        arguments = on_device(arguments, device) | {"index": index, "keys_read": read}
+        problem.all_read = all_read
+    sparse_prefill(**arguments)
+    _check(case, problem, arguments["out"].cpu())
+
+
+def run_idle(case: SparseCase) -> None:
+    """Runs a launch without rows, of which nothing may be written, and one with rows by the variant it found."""
+    from vllm_trimix.kernels.triton_sparse import idle_index, sparse_prefill
+
+    problem = _build(case)
+    arguments = problem.arguments
+    index = idle_index(case.block_size, torch.device("cpu"), has_columns=case.num_columns > 0, has_band=bool(case.band))
+    idle_read = torch.full((1, 1), -1, dtype=torch.int32)
+    variant = sparse_prefill(**(arguments | {"index": index, "keys_read": idle_read, "first_head": 0, "first_row": 0}))
+    assert arguments["out"].isnan().all()
+    assert idle_read.item() == -1
+    assert sparse_prefill(**arguments, variant=variant) is variant
+    _check(case, problem, arguments["out"])
+
+
+def error_of(case: SparseCase, overrides: dict[str, Any], index: dict[str, Any]) -> str:
+    """Message of the ValueError that the call raises with some arguments, or parts of the index, replaced; else ""."""
+    from vllm_trimix.kernels.triton_sparse import sparse_prefill
+
+    arguments = _build(case).arguments
+    try:
+        sparse_prefill(**(arguments | {"index": arguments["index"]._replace(**index)} | overrides))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def compiler_pool() -> ProcessPoolExecutor:
+    """One fresh process in which Triton would compile."""
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_use_compiler)
+
+
+def specialisations(cases: list[SparseCase]) -> list[str]:
+    """What Triton keys the compiled kernel on for each case, on Hopper; where Triton does not interpret."""
+    from unittest import mock
+
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from vllm_trimix.kernels import triton_sparse
+
+    kernel = triton_sparse.sparse_prefill_kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+    found: list[str] = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*args: Any, **kwargs: Any) -> None:
+                _, specialisation, options = bind(*args, **kwargs)
+                found.append(repr((specialisation, options)))
+
+            return launch
+
+    with mock.patch.object(triton_sparse, "sparse_prefill_kernel", Recorder()):
+        for case in cases:
+            triton_sparse.sparse_prefill(**_build(case).arguments)
+    return found
+
+
+def _use_compiler() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+def _select(case: SparseCase, generator: torch.Generator) -> Selection:
+    tiles = Tiles(case.block_size, case.position, case.rows)
+    heads = case.heads[1]
+    if case.blocks:
+        blocks = torch.zeros(heads, tiles.num_tiles, tiles.num_blocks, dtype=torch.bool)
+        for head in range(heads):
+            for tile in range(tiles.num_tiles):
+                chosen = case.blocks[(head * tiles.num_tiles + tile) % len(case.blocks)][0]
+                blocks[head, tile, [block for block in chosen if block < tiles.num_blocks]] = True
+    else:
+        blocks = torch.rand(heads, tiles.num_tiles, tiles.num_blocks, generator=generator) < case.density
+    causal = tiles.causal(torch.device("cpu"))
+    own = torch.zeros_like(causal).scatter_(1, tiles.numbers(torch.device("cpu"))[:, None], True)
+    blocks = (blocks & causal) | own
+
+    band = None
+    if case.band:
+        band = torch.tensor([case.band[head % len(case.band)] for head in range(heads)], dtype=torch.int32)
+    columns = None
+    if case.columns or case.num_columns:
+        end = case.position + case.rows
+        width = max(len(chosen) for chosen in case.columns) if case.columns else case.num_columns
+        columns = torch.full((heads, max(1, width)), EVERYTHING)
+        for head in range(heads):
+            if case.columns:
+                chosen = sorted(case.columns[head % len(case.columns)])
+            else:
+                # Heads have fewer and fewer, the last perhaps none.
+                count = min(end, width * (heads - head) // heads)
+                chosen = torch.randperm(end, generator=generator)[:count].sort().values.tolist()
+            if band is not None and band[head, 0] < EVERYTHING:
+                continue
+            columns[head, : len(chosen)] = torch.tensor(chosen, dtype=torch.int64)
+    return Selection(tiles, blocks, columns, band)
+
+
+def _listed(index: SparseIndex, num_keys: int) -> torch.Tensor:
+    """Keys that the index lists for some tile, those of its own block up to its last row: bool [heads, num_keys]."""
+    tiles = index.tiles
+    listed = torch.zeros(index.block_count.shape[0], num_keys, dtype=torch.bool)
+    for head in range(listed.shape[0]):
+        for tile in range(tiles.num_tiles):
+            end = min(tiles.position + tiles.num_rows, (tiles.first + tile + 1) * tiles.block_size)
+            for block in index.block_index[head, tile, : index.block_count[head, tile]].tolist():
+                listed[head, block * tiles.block_size : min(end, (block + 1) * tiles.block_size)] = True
+            if index.column_index is not None and index.column_count is not None:
+                listed[head, index.column_index[head, tile, : index.column_count[head, tile]].long()] = True
+    return listed
+
+
+def _build(case: SparseCase) -> _Problem:
+    generator = torch.Generator().manual_seed(zlib.crc32(repr(case).encode()))
+    q_dtype = getattr(torch, case.q_dtype)
+    cache_dtype = getattr(torch, case.cache_dtype or case.q_dtype)
+    out_dtype = torch.bfloat16 if q_dtype.itemsize == 1 else q_dtype
+    num_heads, num_keys = case.num_kv_heads * case.group, case.position + case.rows
+    first_head, slab_heads = case.heads
+
+    selection = _select(case, generator)
+    index = build_index(selection)
+    # Undefined by the index's contract: nothing may come of it.
+    index.block_index[torch.arange(index.block_index.shape[2]) >= index.block_count[..., None]] = 2**30
+    if index.column_index is not None and index.column_count is not None:
+        index.column_index[torch.arange(index.column_index.shape[2]) >= index.column_count[..., None]] = 2**30
+
+    shape = (case.rows + 2 * _GAP, num_heads, case.head_size)
+    q = strided(shape, q_dtype, huge=case.huge == "q")
+    out = strided(shape, out_dtype, huge=case.huge == "out")
+    q.copy_(torch.randn(shape, generator=generator))
+    out.fill_(math.nan)
+
+    # K and V of a token lie side by side, as in vLLM's cache. Page 0 is nobody's, the others are shuffled.
+    max_pages = -(-num_keys // case.page_size)
+    extent = {"B": 1 + max_pages, "H": case.num_kv_heads, "S": case.page_size}
+    cache = strided((*(extent[dim] for dim in case.order), 2 * case.head_size), cache_dtype, huge=case.huge == "cache")
+    cache = cache.permute(*(case.order.index(dim) for dim in "BHS"), 3)
+    k_cache, v_cache = cache.split(case.head_size, dim=-1)
+    shape = (case.num_kv_heads, num_keys, case.head_size)
+    keys, values = (torch.randn(shape, generator=generator).to(cache_dtype) for _ in range(2))
+    block_table = strided((4, max_pages), torch.int32, huge=case.huge == "block_table").zero_()
+    request = 2
+    pages = (1 + torch.randperm(max_pages, generator=generator)).tolist()
+    # A KV head's keys that none of its query heads lists are never written, and pages without any are not in the table.
+    listed = _listed(index, num_keys)
+    owners = torch.arange(first_head, first_head + slab_heads) // case.group
+    if case.huge == "cache":
+        cache.fill_(math.nan)
+    for kv_head in range(case.num_kv_heads):
+        seen = listed[owners == kv_head].any(0).nonzero().flatten()
+        for block in (seen // case.page_size).unique().tolist():
+            block_table[request, block] = pages[block]
+            here = seen[seen // case.page_size == block]
+            k_cache[pages[block], kv_head, here % case.page_size] = keys[kv_head, here]
+            v_cache[pages[block], kv_head, here % case.page_size] = values[kv_head, here]
+
+    def scale(value: float, dtype: torch.dtype) -> torch.Tensor | None:
+        return torch.tensor([value]) if case.scales and dtype.itemsize == 1 else None
+
+    # Wider than the tiles: what lies beside them must stay.
+    all_read = torch.full((slab_heads, selection.tiles.num_tiles + 2), -1, dtype=torch.int32)
+    arguments = {
+        "q": q,
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "block_table": block_table,
+        "index": index,
+        "request": request,
+        "first_row": _GAP,
+        "first_head": first_head,
+        "scale": case.head_size**-0.5,
+        "out": out,
+        "keys_read": all_read[:, : selection.tiles.num_tiles],
+        "q_scale": scale(1.25, q_dtype),
+        "k_scale": scale(0.75, cache_dtype),
+        "v_scale": scale(1.5, cache_dtype),
+        "soft_cap": case.soft_cap,
+    }
+    return _Problem(arguments, selection, keys, values, all_read)
+
+
+def _check(case: SparseCase, problem: _Problem, out: torch.Tensor) -> None:
+    first_head, slab_heads = case.heads
+    covered = torch.zeros(out.shape[:2], dtype=torch.bool)
+    covered[_GAP : _GAP + case.rows, first_head : first_head + slab_heads] = True
+    assert out[~covered].isnan().all(), "rows or heads outside the call's were written"
+    got = out[_GAP : _GAP + case.rows, first_head : first_head + slab_heads]
+    truth, plain = (_attention(case, problem, dtype) for dtype in (torch.float64, out.dtype))
+    assert_within_budget(got, truth, plain, what=f"{case.rows} rows at {case.position}")
+    read = problem.all_read.cpu()
+    assert torch.equal(read[:, :-2], problem.arguments["index"].keys_read()), "keys_read"
+    assert (read[:, -2:] == -1).all(), "keys_read beside the tiles was written"
+
+
+def _attention(case: SparseCase, problem: _Problem, dtype: torch.dtype) -> torch.Tensor:
+    """The call's rows and heads by definition, every step in ``dtype``: [rows, slab heads, head_size]."""
+    arguments = problem.arguments
+    first_head, slab_heads = case.heads
+    owners = torch.arange(first_head, first_head + slab_heads) // case.group
+
+    def dequantised(tensor: torch.Tensor, name: str) -> torch.Tensor:
+        factor = arguments[name]
+        return tensor.to(dtype) if factor is None else tensor.to(dtype) * factor.to(dtype)
+
+    q = arguments["q"][_GAP : _GAP + case.rows, first_head : first_head + slab_heads]
+    q = dequantised(q, "q_scale").transpose(0, 1)
+    keys = dequantised(problem.keys, "k_scale")[owners]
+    values = dequantised(problem.values, "v_scale")[owners]
+    scores = (q @ keys.transpose(1, 2)) * arguments["scale"]
+    if case.soft_cap > 0:
+        scores = case.soft_cap * torch.tanh(scores / case.soft_cap)
+    scores = scores.masked_fill(~problem.selection.mask(case.position + case.rows), -math.inf)
+    return (torch.softmax(scores, dim=-1) @ values).transpose(0, 1)
