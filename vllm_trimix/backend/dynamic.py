@@ -6,7 +6,7 @@ All of it runs once a layer for each chunk, on the layer's device and without wa
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -26,6 +26,9 @@ MAX_INDEX_BYTES = 2**26
 
 # Of one block of one tile while it is listed: the choice, its place in two widths, and the list.
 _BYTES_PER_ENTRY = 17
+
+
+Sums = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class HeadGroup(NamedTuple):
@@ -57,6 +60,17 @@ class LayerPatterns:
         self._uniform = len({pattern.kind for pattern in patterns}) == 1
         self._device = device
         self.last_rows = max(pattern.last_rows for pattern in patterns)
+        # Compiled for this layer's tensors, by what the index lists.
+        self.variants: dict[tuple[bool, bool], Any] = {}
+
+    def index_kinds(self) -> set[tuple[bool, bool]]:
+        """Whether an index of some slab has columns, and a band, in every combination that may come."""
+        kinds = set()
+        for _, _, groups in self._slabs(1):
+            heads = {type(pattern) for group in groups for pattern in group.patterns}
+            has_band = any(pattern.has_band for pattern in heads)
+            kinds |= {(any(pattern.has_columns for pattern in heads), has_band), (False, has_band)}
+        return kinds
 
     def slabs(self, bytes_per_kv_head: int) -> list[tuple[int, int, list[HeadGroup]]]:
         """First KV head, KV heads and groups of each slab: many heads of one kind, or a KV head whose heads differ."""
@@ -92,6 +106,9 @@ class Pages(Protocol):
 
     def gather(self, request: int, num_keys: int, first_head: int, num_heads: int) -> Any:
         """Some KV heads' keys of a request as ``.k``, [num_heads, num_keys, head_size]."""
+
+    def sums(self, request: int, num_keys: int, first_head: int, num_heads: int) -> Sums | None:
+        """A kernel for the attention sums of the query heads of some KV heads, or None."""
 
     def queries(self, q: torch.Tensor) -> torch.Tensor:
         """Queries as the patterns read them."""
@@ -162,6 +179,9 @@ class CpuPages:
         )
         return DenseTokens(k, v)
 
+    def sums(self, request: int, num_keys: int, first_head: int, num_heads: int) -> None:
+        return None
+
     def queries(self, q: torch.Tensor) -> torch.Tensor:
         return q
 
@@ -199,6 +219,8 @@ class CudaPages:
         soft_cap: Logit cap; 0 is off. The choice ignores it.
         scales: Of fp8 tensors.
         dtype: What the keys are dequantised to.
+        group: Query heads of a KV head.
+        variants: Compiled before, by what the index lists; new ones are added.
     """
 
     k_cache: torch.Tensor
@@ -208,6 +230,8 @@ class CudaPages:
     soft_cap: float
     scales: Scales
     dtype: torch.dtype
+    group: int
+    variants: dict[tuple[bool, bool], Any]
 
     @property
     def bytes_per_token(self) -> int:
@@ -219,6 +243,21 @@ class CudaPages:
         k = self.k_cache[:, first_head : first_head + num_heads][pages]
         k = k.transpose(0, 1).reshape(num_heads, -1, k.shape[3])[:, :num_keys]
         return GatheredKeys(_dequantised(k, self.scales.k, self.dtype))
+
+    def sums(self, request: int, num_keys: int, first_head: int, num_heads: int) -> Sums:
+        from vllm_trimix.kernels.triton_estimate import column_and_slash_sums
+
+        return functools.partial(
+            column_and_slash_sums,
+            k_cache=self.k_cache,
+            block_table=self.block_table,
+            request=request,
+            num_keys=num_keys,
+            first_head=first_head * self.group,
+            group=self.group,
+            scale=self.scale,
+            k_scale=self.scales.k,
+        )
 
     def queries(self, q: torch.Tensor) -> torch.Tensor:
         return _dequantised(q, self.scales.q, self.dtype)
@@ -234,7 +273,8 @@ class CudaPages:
     ) -> None:
         from vllm_trimix.kernels.triton_sparse import sparse_prefill
 
-        sparse_prefill(
+        kind = (index.column_count is not None, index.band is not None)
+        self.variants[kind] = sparse_prefill(
             q,
             self.k_cache,
             self.v_cache,
@@ -248,7 +288,21 @@ class CudaPages:
             k_scale=self.scales.k,
             v_scale=self.scales.v,
             soft_cap=self.soft_cap,
+            variant=self.variants.get(kind),
         )
+
+    def warm_up(self, patterns: LayerPatterns, q: torch.Tensor, out: torch.Tensor) -> None:
+        """Compiles what serving will launch for this layer, by launches that write nothing."""
+        from vllm_trimix.kernels.triton_sparse import idle_index
+
+        for has_columns, has_band in patterns.index_kinds():
+            index = idle_index(patterns.block_size, q.device, has_columns=has_columns, has_band=has_band)
+            gathered, keys_read = GatheredKeys(self.k_cache), torch.empty_like(index.block_count)
+            self.attend(q, gathered, index, Place(0, 0, 0), out, keys_read)
+        if patterns.last_rows:
+            # One key, in the first request's first page: whatever it holds.
+            sums = self.sums(0, 1, 0, 1)
+            sums(self.queries(q[:1, : self.group]).transpose(0, 1).contiguous())
 
 
 def _dequantised(x: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -320,7 +374,14 @@ def prefill(
             heads = slice(first_kv * group, (first_kv + num_kv) * group)
             gathered = pages.gather(request, num_keys, first_kv, num_kv)
             rows = pages.queries(q[first_row:end_row, heads]).transpose(0, 1).contiguous()
-            chunk = Chunk(rows[:, :num_rows], rows[:, rows.shape[1] - last_rows :], gathered.k, position, pages.scale)
+            chunk = Chunk(
+                rows[:, :num_rows],
+                rows[:, rows.shape[1] - last_rows :],
+                gathered.k,
+                position,
+                pages.scale,
+                pages.sums(request, num_keys, first_kv, num_kv),
+            )
             selection = select(groups, chunk)
             for part in parts(selection):
                 index = build_index(part)
@@ -336,7 +397,7 @@ def select(groups: Sequence[HeadGroup], chunk: Chunk) -> Selection:
         return groups[0].patterns[0].select(groups[0].patterns, chunk)
     selections = []
     for patterns, heads in groups:
-        part = chunk._replace(q=chunk.q[heads], q_last=chunk.q_last[heads])
+        part = chunk._replace(q=chunk.q[heads], q_last=chunk.q_last[heads], sums=None)
         selections.append((heads, patterns[0].select(patterns, part)))
     return merge(selections, chunk.num_heads)
 

@@ -181,10 +181,7 @@ class TrimixImpl(AttentionImpl[Any]):
             k_pages, v_pages, layouts = self._cpu_pages(layer, kv_cache)
             pages = dynamic.CpuPages(k_pages, v_pages, step.block_table, layouts, kv_cache.shape[2], self.scale)
         else:
-            k_cache, v_cache, scales = self._cuda_cache(layer, query, kv_cache)
-            pages = dynamic.CudaPages(
-                k_cache, v_cache, step.block_table, self.scale, self._soft_cap, scales, output.dtype
-            )
+            pages = self._cuda_pages(layer, query, kv_cache, step.block_table, output)
         dynamic.prefill(self.trimix_dynamic, step.spans, query, pages, output, step.counter)
         step.stats.dynamic_layer_rows += step.num_rows
 
@@ -193,11 +190,16 @@ class TrimixImpl(AttentionImpl[Any]):
     ) -> None:
         """Compiles the kernel for this layer's own tensors in vLLM's warm-up, by one idle tile that writes nothing."""
         prefill = getattr(attn_metadata, "trimix_prefill", None)
-        if prefill is None or kv_cache.numel() == 0 or output.shape != query.shape:
+        if not hasattr(attn_metadata, "trimix_block_table") or kv_cache.numel() == 0 or output.shape != query.shape:
             return
         if query.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         self._cold = False
+        if self.trimix_dynamic is not None:
+            pages = self._cuda_pages(layer, query, kv_cache, attn_metadata.trimix_block_table, output)
+            pages.warm_up(self.trimix_dynamic, query, output)
+            return
+        assert prefill is not None
         self._run_triton(layer, query, kv_cache, prefill, prefill.idle(attn_metadata.trimix_block_table), output)
 
     def _forward_triton(
@@ -210,6 +212,29 @@ class TrimixImpl(AttentionImpl[Any]):
     ) -> None:
         k_cache, v_cache, scales = self._cuda_cache(layer, query, kv_cache)
         prefill.run(step, query, k_cache, v_cache, scale=self.scale, soft_cap=self._soft_cap, scales=scales, out=output)
+
+    def _cuda_pages(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        output: torch.Tensor,
+    ) -> dynamic.CudaPages:
+        """The layer's cache as its dynamic patterns read it."""
+        assert self.trimix_dynamic is not None
+        k_cache, v_cache, scales = self._cuda_cache(layer, query, kv_cache)
+        return dynamic.CudaPages(
+            k_cache,
+            v_cache,
+            block_table,
+            self.scale,
+            self._soft_cap,
+            scales,
+            output.dtype,
+            self.num_heads // self.num_kv_heads,
+            self.trimix_dynamic.variants,
+        )
 
     def _cuda_cache(
         self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor

@@ -26,6 +26,8 @@ class AShape:
     name: ClassVar[str] = "a_shape"
     source: ClassVar[str] = "StreamingLLM (arXiv 2309.17453); MInference (arXiv 2407.02490), A-shape"
     last_rows: ClassVar[int] = 0
+    has_columns: ClassVar[bool] = False
+    has_band: ClassVar[bool] = True
 
     n_init: int = Field(default=100, ge=0, le=EVERYTHING)
     n_local: int = Field(default=800, ge=1, le=EVERYTHING)

@@ -24,6 +24,8 @@ class DynamicPattern(Protocol):
         name: What users write as ``pattern``.
         source: Paper and section.
         last_rows: Last rows of a chunk that the choice looks at; 0 when it looks at none.
+        has_columns: Whether it may select single keys.
+        has_band: Whether it cuts selected blocks to a band.
         block_size: Rows of a tile and keys of a block.
         budget: Keys that a row sees by the parameters alone, where there are so many; None when the prompt decides.
             Rounding to blocks comes on top.
@@ -33,6 +35,8 @@ class DynamicPattern(Protocol):
     name: ClassVar[str]
     source: ClassVar[str]
     last_rows: ClassVar[int]
+    has_columns: ClassVar[bool]
+    has_band: ClassVar[bool]
 
     @property
     def block_size(self) -> int: ...

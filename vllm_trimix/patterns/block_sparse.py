@@ -28,6 +28,8 @@ class BlockSparse:
     name: ClassVar[str] = "block_sparse"
     source: ClassVar[str] = "MInference (arXiv 2407.02490), block-sparse"
     last_rows: ClassVar[int] = 0
+    has_columns: ClassVar[bool] = False
+    has_band: ClassVar[bool] = False
 
     top_k: int = Field(default=100, ge=2, le=2**14)
     block_size: BlockSize = 64

@@ -22,6 +22,8 @@ class Dense:
     name: ClassVar[str] = "dense"
     source: ClassVar[str] = "causal attention"
     last_rows: ClassVar[int] = 0
+    has_columns: ClassVar[bool] = False
+    has_band: ClassVar[bool] = False
 
     block_size: BlockSize = 64
 

@@ -14,7 +14,6 @@ from pydantic.dataclasses import dataclass
 from vllm_trimix.patterns.base import STRICT, BlockSize, per_head, tiles_of
 from vllm_trimix.patterns.estimate import (
     block_means,
-    column_and_slash_sums,
     kept_columns,
     pooled_scores,
     slash_blocks,
@@ -41,6 +40,8 @@ class FlexPrefill:
     name: ClassVar[str] = "flexprefill"
     source: ClassVar[str] = "FlexPrefill (arXiv 2502.20766), algorithms 1 to 4"
     last_rows: ClassVar[int] = 128
+    has_columns: ClassVar[bool] = True
+    has_band: ClassVar[bool] = False
 
     gamma: float = Field(default=0.95, gt=0, le=1)
     tau: float = Field(default=0.1, ge=0, le=1)
@@ -65,7 +66,7 @@ class FlexPrefill:
             return Selection(tiles, tiles.causal(device).expand(len(heads), -1, -1))
         gamma = per_head(tuple(head.gamma for head in heads), device)
         tau = per_head(tuple(head.tau for head in heads), device)
-        columns, slashes = column_and_slash_sums(chunk.q_last[:, -cls.last_rows :], chunk.k, chunk.scale)
+        columns, slashes = chunk.last_sums(cls.last_rows)
         k_means = block_means(chunk.k, tiles.block_size)
         pooled = _query_aware(chunk, tiles, k_means[:, : tiles.num_blocks], gamma)
         structured, kept = _vertical_slash(tiles, columns, slashes, gamma)

@@ -5,10 +5,13 @@ Tiles and key blocks lie at absolute multiples of ``block_size``: where a chunk 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+
+from vllm_trimix.patterns.estimate import column_and_slash_sums
 
 EVERYTHING = 2**31 - 1
 """A window that hides nothing."""
@@ -26,6 +29,7 @@ class Chunk(NamedTuple):
         k: All keys so far, [num_kv_heads, num_keys, head_size].
         position: Absolute position of the first sparse row.
         scale: Softmax scale.
+        sums: A kernel for ``last_sums`` of all of these heads; None computes them from ``k``.
     """
 
     q: torch.Tensor
@@ -33,6 +37,12 @@ class Chunk(NamedTuple):
     k: torch.Tensor
     position: int
     scale: float
+    sums: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
+
+    def last_sums(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Column and slash sums of the attention of the last ``num_rows`` rows; see ``column_and_slash_sums``."""
+        q_last = self.q_last[:, -num_rows:]
+        return self.sums(q_last) if self.sums else column_and_slash_sums(q_last, self.k, self.scale)
 
     @property
     def num_heads(self) -> int:

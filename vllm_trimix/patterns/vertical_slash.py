@@ -11,7 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from vllm_trimix.patterns.base import STRICT, BlockSize, per_head, tiles_of
-from vllm_trimix.patterns.estimate import column_and_slash_sums, kept_columns, slash_blocks
+from vllm_trimix.patterns.estimate import kept_columns, slash_blocks
 from vllm_trimix.patterns.selection import EVERYTHING, Chunk, Selection
 
 FORCED_COLUMNS = 30
@@ -31,6 +31,8 @@ class VerticalSlash:
     name: ClassVar[str] = "vertical_slash"
     source: ClassVar[str] = "MInference (arXiv 2407.02490), vertical-slash"
     last_rows: ClassVar[int] = 64
+    has_columns: ClassVar[bool] = True
+    has_band: ClassVar[bool] = False
 
     vertical_size: int = Field(default=1000, ge=FORCED_COLUMNS, le=2**15)
     slash_size: int = Field(default=6096, ge=50, le=2**20)
@@ -51,7 +53,7 @@ class VerticalSlash:
         """The largest sums over the attention of the chunk's last 64 rows."""
         device, num_keys = chunk.q.device, chunk.num_keys
         tiles = tiles_of(heads[0].block_size, chunk)
-        columns, slashes = column_and_slash_sums(chunk.q_last[:, -cls.last_rows :], chunk.k, chunk.scale)
+        columns, slashes = chunk.last_sums(cls.last_rows)
         columns[:, :FORCED_COLUMNS] = math.inf
         # Larger than any sum, and the nearest the largest: a budget may be smaller than what is forced.
         nearest = slashes[:, :FORCED_SLASHES]

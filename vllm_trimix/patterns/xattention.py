@@ -30,6 +30,8 @@ class XAttention:
     name: ClassVar[str] = "xattention"
     source: ClassVar[str] = "XAttention (arXiv 2503.16428), algorithm 1"
     last_rows: ClassVar[int] = 0
+    has_columns: ClassVar[bool] = False
+    has_band: ClassVar[bool] = False
 
     threshold: float = Field(default=0.9, gt=0, le=1)
     stride: int = Field(default=8, ge=4, le=64, multiple_of=4)
