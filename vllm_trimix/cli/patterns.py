@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vllm_trimix.patterns.base import DynamicPattern
 
 # Module under vllm_trimix/kernels -> what it runs on. They walk lists of blocks and columns, whatever chose those.
-KERNELS = {"torch_sparse": "PyTorch (CPU)"}
+KERNELS = {"torch_sparse": "PyTorch (CPU)", "cpp_sparse": "C++ (CPU)", "triton_sparse": "Triton (CUDA)"}
 
 _COLOURS = {
     "a_shape": "#56B4E9",
