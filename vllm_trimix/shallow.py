@@ -87,6 +87,18 @@ class Shallow(BaseModel):
         return max(pattern.block_size for pattern in self._made)
 
 
+def merged_shallow(own: Any, below: Any) -> Any:
+    """An entry over that of the preset it builds on: one without a pattern of its own changes keys of the other's.
+
+    A pattern's parameters mean nothing to another pattern: an entry that names one, or a head file, stands alone.
+    """
+    if own is None:
+        return below
+    if isinstance(own, dict) and isinstance(below, dict) and not {"pattern", "heads"} & own.keys():
+        return {**below, **own}
+    return own
+
+
 def resolve_shallow(
     raw: object, *, triangle_layers: Collection[int], num_layers: int, num_heads: int | None, last_n: int
 ) -> Shallow | None:
