@@ -82,6 +82,11 @@ class Shallow(BaseModel):
         return "+".join(sorted({entry["pattern"] for entry in self.patterns}))
 
     @property
+    def dense_len(self) -> int:
+        """The longest prompt of which no row is sparse, whatever ``min_seq_len`` is, in tokens."""
+        return self.last_n + self.largest_block - 1
+
+    @property
     def largest_block(self) -> int:
         """Rows of the largest tile."""
         return max(pattern.block_size for pattern in self._made)
