@@ -1,4 +1,4 @@
-"""Asks a server by ``vllm bench serve``: its client, its prompts, its clock; in this process, to import vLLM once."""
+"""Asks a server by ``vllm bench serve``: its client, its clock; in this process, to import vLLM once."""
 
 from __future__ import annotations
 
@@ -27,25 +27,40 @@ class Load:
         concurrency: Requests, all sent at once.
         decode_tokens: Tokens after the first.
         seed: Names the prompts.
+        dataset: File with the prompts, JSON lines; None: random tokens.
     """
 
     length: int
     concurrency: int
     decode_tokens: int
     seed: int
+    dataset: Path | None = None
 
 
 def bench_arguments(server: Server, model: Path, load: Load) -> list[str]:
     """Arguments of ``vllm bench serve`` for one measurement."""
+    if load.dataset is None:
+        prompts = [
+            "--dataset-name=random",
+            f"--random-input-len={load.length}",
+            f"--random-output-len={load.decode_tokens + 1}",
+        ]
+    else:
+        prompts = [
+            "--dataset-name=custom",
+            f"--dataset-path={load.dataset}",
+            f"--custom-output-len={load.decode_tokens + 1}",
+            "--disable-shuffle",
+            "--skip-chat-template",
+            "--ignore-eos",
+        ]
     return [
         "--backend=openai",
         "--endpoint=/v1/completions",
         f"--base-url=http://127.0.0.1:{server.port}",
         f"--model={SERVED_NAME}",
         f"--tokenizer={model}",
-        "--dataset-name=random",
-        f"--random-input-len={load.length}",
-        f"--random-output-len={load.decode_tokens + 1}",
+        *prompts,
         f"--num-prompts={load.concurrency}",
         f"--max-concurrency={load.concurrency}",
         "--temperature=0",
