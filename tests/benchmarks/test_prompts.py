@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -77,3 +78,19 @@ def test_documents_need_the_demo_language(model: Path, bpe: Path, tmp_path: Path
     assert re.search(r"The vault code of \w+ is$", text)
     with pytest.raises(ValueError, match="--prompts document: the model's tokenizer is not the demo language's"):
         prompts("document", bpe, tmp_path / "p.jsonl", length=1024, count=1, seed=1)
+
+
+def test_the_client_sends_them_as_they_are(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vllm", reason="the client is vLLM's")
+    from vllm.benchmarks.datasets.datasets import get_samples
+
+    from benchmarks.client import Load, _parser, bench_arguments
+
+    file = tmp_path / "p.jsonl"
+    texts = prompts(KV_RETRIEVAL, model, file, length=700, count=3, seed=1)
+    load = Load(700, 3, decode_tokens=4, seed=1, dataset=file)
+    arguments = _parser().parse_args(bench_arguments(Mock(port=1), model, load))
+    samples = get_samples(arguments, tokenizer_of(str(model)))
+    assert [sample.prompt for sample in samples] == texts
+    assert {(sample.prompt_len, sample.expected_output_len) for sample in samples} == {(700, 5)}
+    assert arguments.ignore_eos
