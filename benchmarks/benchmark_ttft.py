@@ -2,6 +2,7 @@
 
     python -m benchmarks.benchmark_ttft --output build/ttft            # 512 to 32K tokens
     python -m benchmarks.benchmark_ttft --output build/quick --quick   # about 8 minutes on two cores
+    python -m benchmarks.benchmark_ttft --output build/rows --rows published --prompts kv-retrieval
 
 All servers are up, one is awake at a time; each round asks every configuration, the next round in the reverse order.
 Interrupted runs go on where they stopped when called again. Run it with the machine to itself.
@@ -24,12 +25,20 @@ from tqdm import tqdm
 
 from benchmarks.benchmark_breakdown import BreakdownError, run_breakdown
 from benchmarks.breakdown.report import table as breakdown_table
-from benchmarks.configurations import IDEAL, Configuration, configurations, resolved_settings
+from benchmarks.configurations import (
+    IDEAL,
+    ROWS,
+    STATS_SECONDS,
+    Configuration,
+    configurations,
+    resolved_settings,
+)
 from benchmarks.environment import environment
 from benchmarks.gate import check
 from benchmarks.models import add_model_arguments, check_lengths, prepare_model, read_config
+from benchmarks.prompts import KINDS, KV_RETRIEVAL, PUBLISHED_LENGTHS, RANDOM, write_dataset
 from benchmarks.report import markdown, plot_ttft
-from benchmarks.rounds import Rounds, summarise
+from benchmarks.rounds import KEY_COUNTERS, Rounds, summarise
 from benchmarks.servers import Server, ServerError, choose_port, serve
 from vllm_trimix.config import Resolved
 from vllm_trimix.intervals import MIN_SAMPLES
@@ -51,7 +60,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
     add_model_arguments(parser)
-    parser.add_argument("--lengths", help=f"prompt tokens (default: {_LENGTHS})")
+    published = f"{PUBLISHED_LENGTHS[0]} to {PUBLISHED_LENGTHS[-1]}"
+    parser.add_argument("--lengths", help=f"prompt tokens (default: {_LENGTHS}; {published} for {KV_RETRIEVAL})")
+    parser.add_argument(
+        "--prompts",
+        choices=KINDS,
+        default=RANDOM,
+        help="random tokens; the published speed test's pairs of UUIDs; documents in the demo language, for models of "
+        "vllm-trimix make-demo-model (default: %(default)s)",
+    )
     parser.add_argument("--concurrency", default="1", help="requests at a time, e.g. 1,4 (default: %(default)s)")
     parser.add_argument(
         "--repeats",
@@ -69,6 +86,21 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="NAME=JSON",
         help="another configuration: a trimix entry, or null for stock; again for more",
+    )
+    parser.add_argument(
+        "--rows",
+        default="",
+        metavar="NAME,...",
+        help=f"rows of the published table beside stock and TRIMIX: published, or some of {', '.join(ROWS)}",
+    )
+    parser.add_argument(
+        "--shallow",
+        default="{}",
+        metavar="JSON",
+        help="keys of every row's shallow entry, e.g. '{\"min_seq_len\": 0}'",
+    )
+    parser.add_argument(
+        "--gate-only", action="store_true", help="stop after the correctness gate; a later call goes on from there"
     )
     parser.add_argument("--no-ideal", action="store_true", help="leave the floor out (no captured saving)")
     parser.add_argument("--no-breakdown", action="store_true", help="leave out where the time goes")
@@ -101,11 +133,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Measures what is not measured yet, and writes the results, also when it ends early."""
-    lengths = _integers("--lengths", args.lengths or (_QUICK_LENGTHS if args.quick else _LENGTHS))
+    usual = ",".join(map(str, PUBLISHED_LENGTHS)) if args.prompts == KV_RETRIEVAL else _LENGTHS
+    lengths = _integers("--lengths", args.lengths or (_QUICK_LENGTHS if args.quick else usual))
     loads = [(length, c) for c in _integers("--concurrency", args.concurrency) for length in lengths]
     if args.repeats < 1 or args.decode_tokens < 0:
         raise ValueError(f"--repeats: {args.repeats}, --decode-tokens: {args.decode_tokens}; the least are 1 and 0")
-    compared = configurations(args.trimix, args.config, ideal=not args.no_ideal)
+    compared = configurations(args.trimix, args.config, ideal=not args.no_ideal, rows=args.rows, shallow=args.shallow)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         model = prepare_model(args.model, args.shape, scratch)
@@ -125,6 +158,7 @@ def run(args: argparse.Namespace) -> int:
             "serve_arguments": arguments,
             "cpus": args.cpus,
             "decode_tokens": args.decode_tokens,
+            "prompts": args.prompts,
         }
         rounds = Rounds(args.output, {**settings, **{key: where[key] for key in ("commit", "cpu", "gpu", "versions")}})
         options = {"cpus": args.cpus, "arguments": arguments, "start_timeout": args.start_timeout}
@@ -138,12 +172,26 @@ def run(args: argparse.Namespace) -> int:
             longest=max(lengths),
             **options,
         )
+        if args.gate_only:
+            print("\n".join(f"correctness gate, {name}: {text}" for name, text in seen.items()))
+            return 0
         todo = [load for load in loads if not all(rounds.has(*load, repeat) for repeat in range(args.repeats))]
         try:
             if todo:
                 longest = max(length for length, _ in todo) + 1 + args.decode_tokens
-                with serve(compared, model, args.output, max_model_len=longest, port=args.port, **options) as servers:
-                    measure(servers, model, todo, rounds, repeats=args.repeats, decode_tokens=args.decode_tokens)
+                served = [c.counted() if _is_dynamic(resolved[c.name]) else c for c in compared]
+                with serve(served, model, args.output, max_model_len=longest, port=args.port, **options) as servers:
+                    measure(
+                        servers,
+                        model,
+                        todo,
+                        rounds,
+                        repeats=args.repeats,
+                        decode_tokens=args.decode_tokens,
+                        prompts=args.prompts,
+                        scratch=scratch,
+                        dynamic={name for name, settings in resolved.items() if _is_dynamic(settings)},
+                    )
         finally:
             if rounds.done:
                 rows = summarise(rounds.done, resolved)
@@ -161,7 +209,8 @@ def breakdown(
     """Adds to the report where the time goes, from profiles of one process; a failure there costs no figure."""
     wanted = _QUICK_BREAKDOWN_LENGTHS if args.quick else _BREAKDOWN_LENGTHS
     lengths = sorted({min(longest, length) for length in wanted})
-    shown = {configuration.name: configuration.trimix for configuration in compared if configuration.name != IDEAL}
+    # Its categories know no dynamic pattern.
+    shown = {c.name: c.trimix for c in compared if c.name != IDEAL and "shallow" not in (c.trimix or {})}
     repeats = 1 if args.quick else 3
     try:
         rows = run_breakdown(
@@ -175,9 +224,30 @@ def breakdown(
 
 
 def measure(
-    servers: list[Server], model: Path, todo: list[tuple[int, int]], rounds: Rounds, *, repeats: int, decode_tokens: int
+    servers: list[Server],
+    model: Path,
+    todo: list[tuple[int, int]],
+    rounds: Rounds,
+    *,
+    repeats: int,
+    decode_tokens: int,
+    prompts: str,
+    scratch: Path,
+    dynamic: set[str],
 ) -> None:
-    """Asks every server, round by round; one warm-up round per length and concurrency, not kept."""
+    """Asks every server, round by round; one warm-up round per length and concurrency, not kept.
+
+    Args:
+        servers: All up.
+        model: Folder with the tokenizer.
+        todo: Lengths and concurrencies.
+        rounds: What is there, and where new ones go.
+        repeats: Rounds per length and concurrency.
+        decode_tokens: Tokens after the first.
+        prompts: Their kind.
+        scratch: Folder for prompts.
+        dynamic: Configurations whose patterns choose keys: what they read is counted after each request.
+    """
     from benchmarks.client import Load, ask
 
     log = servers[0].log.with_name("client.log")
@@ -191,7 +261,11 @@ def measure(
             for repeat in (_WARM_UP, *left):
                 # The same prompts for all servers, new ones each round.
                 seed = zlib.crc32(f"{length},{concurrency},{repeat}".encode())
-                load = Load(length, concurrency, decode_tokens, seed)
+                dataset = None
+                if prompts != RANDOM:
+                    dataset = scratch / "prompts.jsonl"
+                    write_dataset(prompts, model, dataset, length=length, count=concurrency, seed=seed)
+                load = Load(length, concurrency, decode_tokens, seed, dataset)
                 measurements, idle = {}, dict.fromkeys((server.name for server in servers), 0.0)
                 for server in servers if repeat % 2 else servers[::-1]:
                     bar.set_description(f"{length} tokens x {concurrency}, {server.name}")
@@ -199,11 +273,17 @@ def measure(
                     used, start = [other.cpu_seconds() for other in others], time.monotonic()
                     with server.awake():
                         server.reset_peak()
+                        log_start = server.log_size()
                         measurements[server.name] = {
                             **ask(server, model, load, log),
                             "peak_memory_bytes": server.peak_memory(),
                             "gpu_memory_bytes": server.gpu_memory(),
                         }
+                        if server.name in dynamic:
+                            # Untimed: until the line that counts this request is written.
+                            time.sleep(2 * STATS_SECONDS)
+                            counted = server.counters(log_start)
+                            measurements[server.name] |= {key: counted[key] for key in KEY_COUNTERS}
                     for other, before in zip(others, used, strict=True):
                         share = (other.cpu_seconds() - before) / (time.monotonic() - start)
                         idle[other.name] = max(idle[other.name], share)
@@ -215,6 +295,10 @@ def measure(
                 if repeat != _WARM_UP:
                     key = {"length": length, "concurrency": concurrency, "repeat": repeat}
                     rounds.add({**key, "measurements": measurements})
+
+
+def _is_dynamic(settings: Resolved | None) -> bool:
+    return settings is not None and settings.shallow is not None
 
 
 def write(result: dict[str, Any], output: Path) -> None:

@@ -1,4 +1,4 @@
-"""Asks a server by ``vllm bench serve``: its client, its prompts, its clock; in this process, to import vLLM once."""
+"""Asks a server by ``vllm bench serve``: its client, its clock; in this process, to import vLLM once."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+from vllm.benchmarks.datasets.datasets import CustomDataset
 from vllm.benchmarks.serve import add_cli_args, main_async
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -27,25 +29,39 @@ class Load:
         concurrency: Requests, all sent at once.
         decode_tokens: Tokens after the first.
         seed: Names the prompts.
+        dataset: File with the prompts, JSON lines; None: random tokens.
     """
 
     length: int
     concurrency: int
     decode_tokens: int
     seed: int
+    dataset: Path | None = None
 
 
 def bench_arguments(server: Server, model: Path, load: Load) -> list[str]:
     """Arguments of ``vllm bench serve`` for one measurement."""
+    if load.dataset is None:
+        prompts = [
+            "--dataset-name=random",
+            f"--random-input-len={load.length}",
+            f"--random-output-len={load.decode_tokens + 1}",
+        ]
+    else:
+        prompts = [
+            "--dataset-name=custom",
+            f"--dataset-path={load.dataset}",
+            f"--custom-output-len={load.decode_tokens + 1}",
+            "--skip-chat-template",
+            "--ignore-eos",
+        ]
     return [
         "--backend=openai",
         "--endpoint=/v1/completions",
         f"--base-url=http://127.0.0.1:{server.port}",
         f"--model={SERVED_NAME}",
         f"--tokenizer={model}",
-        "--dataset-name=random",
-        f"--random-input-len={load.length}",
-        f"--random-output-len={load.decode_tokens + 1}",
+        *prompts,
         f"--num-prompts={load.concurrency}",
         f"--max-concurrency={load.concurrency}",
         "--temperature=0",
@@ -104,6 +120,14 @@ def _ask(server: Server, model: Path, load: Load, log: Path) -> dict[str, Any]:
         "throughput_tokens_s": round(result["total_token_throughput"], 2),
         "ttfts_s": [round(ttft, 6) for ttft in result["ttfts"]],
     }
+
+
+def _load_lines(dataset: CustomDataset) -> None:
+    """Reads JSON lines as vLLM's own does by pandas, which only its extra ``bench`` installs; in order."""
+    dataset.data = [json.loads(line) for line in Path(dataset.dataset_path).read_text().splitlines()]
+
+
+CustomDataset.load_data = _load_lines
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ from vllm_trimix.config import Resolved
 from vllm_trimix.intervals import interval_confidence, median_interval
 
 Round = dict[str, Any]
+KEY_COUNTERS = ("dynamic_layer_rows", "keys_read", "keys_causal")
 
 
 class Rounds:
@@ -72,7 +73,9 @@ def summarise(rounds: Sequence[Round], resolved: dict[str, Resolved | None]) -> 
     Returns:
         Rows. Ratios and savings are medians over rounds of what each round gives, so that drift of the machine between
         rounds cancels. ``captured_saving`` is (T_stock - T) / (T_stock - T_ideal) where prompts are long enough to be
-        sparse, ``pair_bound`` the saving if a triangle layer's attention cost what its visible pairs cost.
+        sparse, ``pair_bound`` the saving if a triangle layer's attention cost what its visible pairs cost. ``density``
+        is the share of the keys before them that a dynamic pattern's rows read, over all rounds, ``dynamic_share`` the
+        share of the prompt rows in its layers that were its own, and not dense.
     """
     rows = []
     for length, concurrency in dict.fromkeys((r["length"], r["concurrency"]) for r in rounds):
@@ -104,6 +107,7 @@ def _row(
         "confidence": round(interval_confidence(len(rounds)), 4),
         "ttft_median_s": statistics.median(ttfts),
         "ttft_ci95_s": list(median_interval(ttfts)),
+        "ttft_mean_s": round(statistics.fmean(ttfts), 6),
         "ratio_to_stock": ratio["median"],
         "ratio_ci95": ratio["ci95"],
         "captured_saving": None,
@@ -112,6 +116,8 @@ def _row(
         "itl_median_s": None,
         "itl_ratio_to_stock": None,
         "itl_ratio_ci95": None,
+        "density": None,
+        "dynamic_share": None,
         "throughput_tokens_s": statistics.median(values(name, "throughput_tokens_s")),
         "peak_memory_bytes": max(values(name, "peak_memory_bytes")),
         "gpu_memory_bytes": rounds[-1][name]["gpu_memory_bytes"],
@@ -123,10 +129,17 @@ def _row(
         row["itl_median_s"] = statistics.median(itls)
         row["itl_ratio_to_stock"] = round(statistics.median(ratios), 4)
         row["itl_ratio_ci95"] = [round(value, 4) for value in median_interval(ratios)]
+    if settings is not None and settings.shallow is not None and name != IDEAL:
+        rows, read, causal = (sum(values(name, key)) for key in KEY_COUNTERS)
+        row["density"] = round(read / causal, 4) if causal else None
+        requests = sum(len(measured[name]["ttfts_s"]) for measured in rounds)
+        row["dynamic_share"] = round(rows / (requests * length * len(settings.shallow.layers)), 4)
+        # The floor has no pattern in the shallow layers: nothing to compare with.
+        return row
     if name == IDEAL or settings is None or not settings.layers or length < settings.min_prompt_len:
         return row
     row["pair_bound"] = round(1 - 2 * settings.triangle.visible_pairs(length) / (length * (length + 1)), 4)
-    if floor is not None and floor.layers == settings.layers:
+    if floor is not None and floor.shallow is None and floor.layers == settings.layers:
         saving = paired(lambda stock, mine, ideal: (stock - mine) / (stock - ideal) if stock != ideal else 0.0)
         row["captured_saving"], row["captured_ci95"] = saving["median"], saving["ci95"]
     return row

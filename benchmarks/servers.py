@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,6 +114,21 @@ class Server:
         metrics = self.client.get("/metrics").text
         lines = [line for line in metrics.splitlines() if line.startswith("vllm:prompt_tokens_total")]
         return int(sum(float(line.rsplit(" ", 1)[1]) for line in lines))
+
+    def counters(self, start: int = 0) -> Counter[str]:
+        """Sums of the counters in its log from a byte offset on."""
+        with open(self.log, "rb") as file:
+            file.seek(start)
+            # Whole lines: the last one may still be written.
+            lines = re.findall(r"TRIMIX rows: (.*)\n", file.read().decode(errors="replace"))
+        found: Counter[str] = Counter()
+        for line in lines:
+            found.update({key: int(value) for key, value in re.findall(r"(\w+)=(\d+)(?= |$)", line)})
+        return found
+
+    def log_size(self) -> int:
+        """Bytes of its log so far: where what comes next begins."""
+        return self.log.stat().st_size
 
     def check_alive(self) -> None:
         """Raises ServerError, with the end of its log, if the server is gone."""

@@ -1,7 +1,8 @@
-"""The break-even prompt length: which lengths to measure, what the timings prove, and the overlay that records it.
+"""The break-even prompt lengths: which lengths to measure, what the timings prove, and the overlay that records it.
 
-Nothing here runs an engine: ``measure`` is handed a function that does. A *pair* is one prompt asked under both
-variants, one right after the other; a *row* is all pairs of one length.
+Nothing here runs an engine: ``measure`` is handed a function that does. Two variants are compared at a time: the
+triangle with dense prefill, and a dynamic pattern in the shallow layers with the triangle alone. A *pair* is one prompt
+asked under both, one right after the other; a *row* is all pairs of one length.
 """
 
 from __future__ import annotations
@@ -15,16 +16,20 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_trimix.config import Resolved, TrimixConfig, is_preset_file
 from vllm_trimix.intervals import interval_confidence, median_interval
 from vllm_trimix.layers import format_layers
 
 SOURCE = "vllm-trimix calibrate"
-DENSE, TRIANGLE = "dense", "triangle"
+DENSE, TRIANGLE, DYNAMIC = "dense", "triangle", "dynamic"
 # How a request asks for each variant: its extra_args.
-VARIANTS: dict[str, dict[str, str]] = {DENSE: {"trimix": "off"}, TRIANGLE: {"trimix": "on"}}
+VARIANTS: dict[str, dict[str, str]] = {
+    DENSE: {"trimix": "off"},
+    TRIANGLE: {"trimix": "triangle"},
+    DYNAMIC: {"trimix": "on"},
+}
 
 SHORTEST = 512
 LONGEST = 32768
@@ -42,26 +47,44 @@ Ask = Callable[[int, int, str], float]
 """Seconds to the first token, given prompt length, seed of the prompt and variant. TimeoutError: no time left."""
 
 
+class Comparison(NamedTuple):
+    """Two variants.
+
+    Attributes:
+        baseline: The one that long prompts should make the slower.
+        candidate: The other.
+        same_up_to: Longest prompt, in tokens, of which both run the same code.
+    """
+
+    baseline: str
+    candidate: str
+    same_up_to: int
+
+
 @dataclass(frozen=True)
 class Row:
     """The timings of one prompt length.
 
     Attributes:
         length: Prompt tokens.
-        dense: Seconds to the first token, one a pair.
-        triangle: The same for the triangle, in the order of ``dense``.
+        baseline: Seconds to the first token, one a pair.
+        candidate: The same for the other variant, in the order of ``baseline``.
         is_control: The pattern hides nothing at this length: both variants ran the same code.
+        names: Of the two variants.
+        density: Share of the keys that a dynamic pattern read; None for none.
     """
 
     length: int
-    dense: tuple[float, ...]
-    triangle: tuple[float, ...]
+    baseline: tuple[float, ...]
+    candidate: tuple[float, ...]
     is_control: bool = False
+    names: tuple[str, str] = (DENSE, TRIANGLE)
+    density: float | None = None
 
     @property
     def ratios(self) -> list[float]:
-        """Triangle / dense, pair by pair: what slows both alike cancels."""
-        return [triangle / dense for triangle, dense in zip(self.triangle, self.dense, strict=True)]
+        """Candidate / baseline, pair by pair: what slows both alike cancels."""
+        return [candidate / baseline for candidate, baseline in zip(self.candidate, self.baseline, strict=True)]
 
     @property
     def ratio(self) -> float:
@@ -76,11 +99,11 @@ class Row:
     @property
     def confidence(self) -> float:
         """Probability that the interval holds the true ratio."""
-        return interval_confidence(len(self.dense))
+        return interval_confidence(len(self.baseline))
 
     @property
     def is_win(self) -> bool:
-        """Whether the triangle is proven not slower."""
+        """Whether the candidate is proven not slower."""
         return not self.is_control and self.interval[1] <= LIMIT
 
     @property
@@ -94,21 +117,22 @@ class Row:
 
     @property
     def spread(self) -> float:
-        """Middle half of the dense timings, relative to their median: how quiet the machine was."""
-        low, _, high = statistics.quantiles(self.dense, n=4, method="inclusive")
-        return (high - low) / statistics.median(self.dense)
+        """Middle half of the baseline's timings, relative to their median: how quiet the machine was."""
+        low, _, high = statistics.quantiles(self.baseline, n=4, method="inclusive")
+        return (high - low) / statistics.median(self.baseline)
 
     def as_json(self) -> dict[str, Any]:
         """For the overlay's provenance."""
         low, high = self.interval
         return {
             "length": self.length,
-            "dense_s": [round(value, 6) for value in self.dense],
-            "triangle_s": [round(value, 6) for value in self.triangle],
+            f"{self.names[0]}_s": [round(value, 6) for value in self.baseline],
+            f"{self.names[1]}_s": [round(value, 6) for value in self.candidate],
             "ratio": round(self.ratio, 4),
             "interval": [round(low, 4), round(high, 4)],
             "confidence": round(self.confidence, 4),
             "verdict": self.verdict,
+            **({} if self.density is None else {"density": round(self.density, 4)}),
         }
 
 
@@ -149,9 +173,9 @@ def next_length(rows: Sequence[Row]) -> int | None:
 
 def measure(
     ask: Ask,
+    comparison: Comparison,
     *,
     longest: int,
-    dense_len: int,
     repeats: int,
     left: Callable[[], float],
     on_row: Callable[[Row], None],
@@ -163,8 +187,8 @@ def measure(
 
     Args:
         ask: Runs one request.
+        comparison: Of which variants.
         longest: Longest prompt to measure, in tokens.
-        dense_len: Longest prompt on which the pattern hides nothing, in tokens.
         repeats: Pairs per length.
         left: Seconds left of the budget.
         on_row: Told of each row.
@@ -182,7 +206,7 @@ def measure(
         if foreseen_seconds(rows, length, repeats) > left():
             return False
         try:
-            row = measure_length(ask, length, repeats=repeats, is_control=length <= dense_len, left=left)
+            row = measure_length(ask, comparison, length, repeats=repeats, left=left)
         except TimeoutError:
             return False
         rows.append(row)
@@ -209,18 +233,18 @@ def foreseen_seconds(rows: Sequence[Row], length: int, repeats: int) -> float:
         return 0.0
     # From the shortest measured length above, or else the longest.
     row = min(rows, key=lambda row: (row.length < length, abs(row.length - length)))
-    pair = statistics.median(row.dense) + statistics.median(row.triangle)
+    pair = statistics.median(row.baseline) + statistics.median(row.candidate)
     return pair * max(1.0, length / row.length) ** 2 * (repeats + 1)
 
 
-def measure_length(ask: Ask, length: int, *, repeats: int, is_control: bool = False, left: Callable[[], float]) -> Row:
+def measure_length(ask: Ask, comparison: Comparison, length: int, *, repeats: int, left: Callable[[], float]) -> Row:
     """Measures one length: a warm-up, then pairs in the order A B, B A, A B ..., each with a prompt of its own.
 
     Raises:
         TimeoutError: The budget ended first.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    names = list(VARIANTS)
+    names = (comparison.baseline, comparison.candidate)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for pair in range(repeats + 1):
         warm_up = pair == 0
         for name in names if pair % 2 else names[::-1]:
@@ -230,7 +254,8 @@ def measure_length(ask: Ask, length: int, *, repeats: int, is_control: bool = Fa
             taken = ask(length, length * 1000 + pair, name)
             if not warm_up:
                 seconds[name].append(taken)
-    return Row(length, tuple(seconds[DENSE]), tuple(seconds[TRIANGLE]), is_control)
+    baseline, candidate = (tuple(seconds[name]) for name in names)
+    return Row(length, baseline, candidate, length <= comparison.same_up_to, names)
 
 
 def check_output(output: Path) -> None:
@@ -273,7 +298,13 @@ def check_base(entry: TrimixConfig, output: Path) -> None:
 
 
 def make_overlay(
-    entry: TrimixConfig, resolved: Resolved, *, min_prompt_len: int, output: Path, provenance: dict[str, Any]
+    entry: TrimixConfig,
+    resolved: Resolved,
+    *,
+    min_prompt_len: int | None,
+    min_seq_len: int | None = None,
+    output: Path,
+    provenance: dict[str, Any],
 ) -> dict[str, Any]:
     """The preset overlay.
 
@@ -283,31 +314,63 @@ def make_overlay(
     Args:
         entry: The user's ``trimix`` entry.
         resolved: What ran.
-        min_prompt_len: The break-even, in tokens.
-        output: Where the overlay will lie; a base file beside it is named relative to it.
+        min_prompt_len: The triangle's break-even, in tokens; None where no layer is a triangle layer.
+        min_seq_len: The dynamic pattern's, in tokens; None: the overlay leaves the shallow layers dense.
+        output: Where the overlay will lie; a base file or head file beside it is named relative to it.
         provenance: How it was measured.
     """
-    keys = {key: value for key, value in entry if value is not None and key not in (*SERVER_KEYS, "preset")}
+    own = (*SERVER_KEYS, "preset", "shallow")
+    keys = {key: value for key, value in entry if value is not None and key not in own}
     if resolved.source.startswith("preset:"):
         named = entry.preset
         base = resolved.source.removeprefix("preset:") if named is None else _base_name(named, output)
         keys = {"base": base, **keys}
     else:
         keys = {
-            "layers": format_layers(resolved.layers),
+            "layers": format_layers(resolved.layers) if resolved.layers else "",
             "n_init": resolved.n_init,
             "n_local": resolved.n_local,
             "last_n": resolved.last_n,
             **({} if resolved.dense_backend is None else {"dense_backend": resolved.dense_backend}),
         }
-    return {**keys, "min_prompt_len": min_prompt_len, "provenance": provenance}
+    if min_prompt_len is not None:
+        keys["min_prompt_len"] = min_prompt_len
+    if resolved.shallow is not None:
+        kept = {} if min_seq_len is None else overlay_shallow(entry, resolved, output)
+        keys["shallow"] = "dense" if min_seq_len is None else {**kept, "min_seq_len": min_seq_len}
+    elif entry.shallow is not None:
+        keys["shallow"] = entry.shallow
+    return {**keys, "provenance": provenance}
+
+
+def overlay_shallow(entry: TrimixConfig, resolved: Resolved, output: Path) -> dict[str, Any]:
+    """What the overlay's ``shallow`` holds besides the break-even: of a preset's pattern only what the user changed.
+
+    Raises:
+        ValueError: Nobody named the head file in a place that the overlay could refer to.
+    """
+    own = dict(entry.shallow) if isinstance(entry.shallow, dict) else {}
+    if "heads" in own:
+        own["heads"] = _seen_from(Path(own["heads"]), output)
+    if resolved.source.startswith("preset:") or {"pattern", "heads"} & own.keys():
+        return own
+    shallow = resolved.shallow
+    assert shallow is not None
+    if shallow.heads:
+        raise ValueError(
+            f"--trimix: the head file {shallow.source} is named by a preset whose layers are not used, or by the "
+            'model\'s config.json; name it here as well: {"shallow": {"heads": FILE}}'
+        )
+    return {**shallow.patterns[0], "layers": format_layers(shallow.layers), "last_n": shallow.last_n}
 
 
 def _base_name(name: str, output: Path) -> str:
-    """A base file under the overlay's folder moves with it; another one stays where it is."""
-    if not is_preset_file(name):
-        return name
-    path, folder = Path(name).resolve(), output.resolve().parent
+    return _seen_from(Path(name), output) if is_preset_file(name) else name
+
+
+def _seen_from(path: Path, output: Path) -> str:
+    """A file under the overlay's folder moves with it; another one stays where it is."""
+    path, folder = path.resolve(), output.resolve().parent
     return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
 
 

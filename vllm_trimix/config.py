@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vllm_trimix.layers import parse_layers
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.presets import find_preset
-from vllm_trimix.shallow import Shallow, resolve_shallow
+from vllm_trimix.shallow import Shallow, merged_shallow, resolve_shallow
 
 DenseBackend = Literal["FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "CPU_ATTN"]
 
@@ -153,7 +153,8 @@ def resolve(
 
     A preset is, in this order: ``preset`` in the entry (name or file), the ``trimix`` entry of the model's own
     config.json, a shipped preset for exactly this HF id. A preset file may be an overlay: its key ``base`` names
-    another preset, whose keys its own win over. Keys in the user's entry win over both.
+    another preset, whose keys its own win over. Keys in the user's entry win over both. A ``shallow`` entry that names
+    neither a pattern nor a head file changes keys of the one below it; any other takes its place.
 
     Args:
         raw: The user's ``trimix`` entry; None when there is none.
@@ -211,7 +212,7 @@ def resolve(
         stats_log_interval=config.stats_log_interval,
         source=source,
         shallow=resolve_shallow(
-            setting("shallow", None),
+            merged_shallow(config.shallow, None if preset is None else preset.shallow),
             triangle_layers=layers,
             num_layers=num_layers,
             num_heads=num_heads,
@@ -290,7 +291,8 @@ def _overlaid(own: TrimixConfig, below: TrimixConfig) -> TrimixConfig:
         # Two spellings of one setting.
         kept.pop("layers", None)
         kept.pop("starting_layer", None)
-    return TrimixConfig.model_validate({**kept, **mine})
+    shallow = merged_shallow(own.shallow, below.shallow)
+    return TrimixConfig.model_validate({**kept, **mine, **({} if shallow is None else {"shallow": shallow})})
 
 
 def _shipped() -> str:

@@ -82,9 +82,26 @@ class Shallow(BaseModel):
         return "+".join(sorted({entry["pattern"] for entry in self.patterns}))
 
     @property
+    def dense_len(self) -> int:
+        """The longest prompt of which no row is sparse, whatever ``min_seq_len`` is, in tokens."""
+        return self.last_n + self.largest_block - 1
+
+    @property
     def largest_block(self) -> int:
         """Rows of the largest tile."""
         return max(pattern.block_size for pattern in self._made)
+
+
+def merged_shallow(own: Any, below: Any) -> Any:
+    """An entry over that of the preset it builds on: one without a pattern of its own changes keys of the other's.
+
+    A pattern's parameters mean nothing to another pattern: an entry that names one, or a head file, stands alone.
+    """
+    if own is None:
+        return below
+    if isinstance(own, dict) and isinstance(below, dict) and not {"pattern", "heads"} & own.keys():
+        return {**below, **own}
+    return own
 
 
 def resolve_shallow(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 BY_RULE = ("triangle", "dynamic", "last_n", "decode", "few_keys", "cached")
-TOTALS = ("steps", "triangle_layer_rows", "dynamic_layer_rows", "tracked_requests")
+TOTALS = ("steps", "triangle_layer_rows", "dynamic_layer_rows", "keys_read", "keys_causal", "tracked_requests")
 
 
 class Stats:
@@ -18,8 +18,9 @@ class Stats:
     - ``cached``: prompt rows that a prefix-cache hit or a KV connector made unnecessary;
 
     Kept apart: ``triangle_layer_rows`` and ``dynamic_layer_rows``, rows times layers that the sparse kernels really
-    computed; ``tracked_requests``, the requests known now; ``dynamic_rows``, the rows by class in the layers of dynamic
-    patterns, where another rule may hold than in the triangle layers.
+    computed; ``keys_read`` and ``keys_causal``, the keys that dynamic patterns read and that dense attention would have
+    read in their place, both per tile of rows and head; ``tracked_requests``, the requests known now; ``dynamic_rows``,
+    the rows by class in the layers of dynamic patterns, where another rule may hold than in the triangle layers.
     """
 
     def __init__(self) -> None:
@@ -48,11 +49,6 @@ class Stats:
         if counter not in self._counters:
             self._counters.append(counter)
 
-    def density(self) -> float | None:
-        """Share of the keys before a tile of rows that dynamic patterns read, since the start; None before any."""
-        causal = sum(counter.causal for counter in self._counters)
-        return sum(counter.total() for counter in self._counters) / causal if causal else None
-
     def _fresh(self, rows: Mapping[str, int]) -> list[str]:
         fresh = [reason for reason in rows if reason not in BY_RULE and reason not in self._announced]
         self._announced.update(fresh)
@@ -65,23 +61,23 @@ class Stats:
             "steps": self.steps,
             "triangle_layer_rows": self.triangle_layer_rows,
             "dynamic_layer_rows": self.dynamic_layer_rows,
+            "keys_causal": sum(counter.causal for counter in self._counters),
+            "keys_read": sum(counter.total() for counter in self._counters),
             "tracked_requests": self.tracked_requests,
         }
 
-    def line(self, since: Mapping[str, int]) -> str:
-        """The log line: rows by class since a snapshot, fixed ``key=value`` format."""
-        now = self.snapshot()
+    @staticmethod
+    def line(since: Mapping[str, int], now: Mapping[str, int]) -> str:
+        """The log line: what came between two snapshots, fixed ``key=value`` format."""
         delta = {key: value - since.get(key, 0) for key, value in now.items()}
-        # From the snapshot, not from the live counters: the engine's thread may add a reason meanwhile.
         dense = {key: delta[key] for key in sorted(now) if key not in (*BY_RULE, *TOTALS) and delta[key]}
         by_rule = " ".join(f"{key}={delta.get(key, 0)}" for key in BY_RULE)
         reasons = ",".join(f"{key}:{value}" for key, value in dense.items()) or "none"
-        density = self.density()
-        dynamic = (
-            ""
-            if density is None
-            else f"dynamic_layer_rows={delta['dynamic_layer_rows']} density_since_start={density:.3f} "
-        )
+        dynamic = ""
+        if now["keys_causal"]:
+            density = now["keys_read"] / now["keys_causal"]
+            counts = " ".join(f"{key}={delta[key]}" for key in ("dynamic_layer_rows", "keys_read", "keys_causal"))
+            dynamic = f"{counts} density_since_start={density:.3f} "
         return (
             f"TRIMIX rows: {by_rule} dense={sum(dense.values())} reasons={reasons} "
             f"triangle_layer_rows={delta['triangle_layer_rows']} {dynamic}requests={now['tracked_requests']}"
@@ -101,8 +97,9 @@ def log_periodically(stats: Stats, interval: float, log: Callable[[str], None]) 
             if current is None:
                 return
             now = current.snapshot()
-            if now["steps"] != last.get("steps", 0):
-                log(current.line(last))
+            # On a GPU what the last step read is known later than the step.
+            if any(now[key] != last.get(key, 0) for key in ("steps", "keys_read")):
+                log(current.line(last, now))
                 last = now
             del current
 

@@ -10,8 +10,10 @@ import subprocess
 import sys
 from typing import Any
 
+from benchmarks.configurations import PUBLISHED_ROWS
 from benchmarks.environment import environment
 from benchmarks.gpu.runner import ROOT, Stage, main
+from benchmarks.prompts import PUBLISHED_LENGTHS
 
 # Stages of a group measure into one folder: its servers' settings must be the same, rounds measured once count for
 # all, and the correctness gate runs once.
@@ -23,6 +25,9 @@ _SERVED: dict[str, Any] = {
     "decode_tokens": 32,
     "repeats": 5,
     "serve_arguments": [],
+    "rows": "",
+    "shallow": {},
+    "prompts": "random",
     # Tokens that a server's KV cache holds; the first that fits on the device.
     "kv_tokens": [131072],
 }
@@ -64,6 +69,33 @@ def _ttft(name: str, lengths: list[int], seconds: float, *, fp8: bool = False, *
         # Both lengths and loads of the group at once: the group's other stages find them measured.
         {**(_TOY_FP8 if fp8 else _TOY), "lengths": [512, 768], "concurrency": [1] if fp8 else [1, 2]},
         "ttft_fp8" if fp8 else "ttft",
+    )
+
+
+_ROW_GROUPS = {name: f"rows_{name.replace('+', '_')}" for name in PUBLISHED_ROWS}
+# The published protocol: one warm-up, 3 repeats. Every chunk is by the pattern: at these lengths its early chunks are
+# few, and calibrate finds from which length on they pay.
+_ROWS: dict[str, Any] = {
+    **_SERVED,
+    "ideal": False,
+    "decode_tokens": 8,
+    "repeats": 3,
+    "shallow": {"min_seq_len": 0},
+    "prompts": "kv-retrieval",
+}
+_TOY_ROWS = {**_TOY, "lengths": [768, 1024], "concurrency": [1]}
+
+
+def _rows(name: str, lengths: list[int], seconds: float) -> Stage:
+    part = "short" if lengths[0] == PUBLISHED_LENGTHS[0] else "long"
+    return Stage(
+        f"{_ROW_GROUPS[name]}_{part}",
+        "benchmarks.gpu.speed:rows",
+        seconds,
+        f"{name} at {lengths[0]} to {lengths[-1]} tokens of the published KV-retrieval prompts, with its density",
+        {**_ROWS, "rows": name, "lengths": lengths},
+        _TOY_ROWS,
+        _ROW_GROUPS[name],
     )
 
 
@@ -168,6 +200,68 @@ STAGES = [
     _ttft("ttft_256k_fp8", [262144], 300, fp8=True, repeats=2),
     # A warm-up and one round take most of eight minutes; rounds are kept, so another call adds to them.
     _ttft("ttft_512k_fp8", [524288], 470, fp8=True, repeats=1),
+    Stage(
+        "rows_gate",
+        "benchmarks.gpu.speed:gate",
+        300,
+        "every dynamic row, and each by itself, answers a question about 8K tokens and counts its rows",
+        {
+            "shape": "llama-3.1-8b",
+            "trimix": {"starting_layer": 16},
+            "rows": "published",
+            "length": 8192,
+            "serve_arguments": [],
+        },
+        {
+            "shape": "bench-8l",
+            "trimix": {"starting_layer": 4, "min_prompt_len": 0},
+            "rows": "minference,trimix+xattention",
+            "length": 1024,
+            "serve_arguments": ["--enforce-eager"],
+        },
+    ),
+    # All rows side by side, for weights are nothing here; the only ones whose densities are those of sharp heads.
+    Stage(
+        "rows_circuit",
+        "benchmarks.gpu.speed:rows",
+        420,
+        "all dynamic rows at 32K to 128K tokens of documents, on a circuit model with Llama-3.1-8B's attention",
+        {
+            **_ROWS,
+            "shape": "circuit",
+            "rows": "published",
+            "prompts": "document",
+            "lengths": [32000, 64000, 128000],
+        },
+        {**_TOY_ROWS, "shape": "circuit", "rows": "trimix+flexprefill", "lengths": [1024]},
+        "rows_circuit",
+    ),
+    *(
+        stage
+        for name in PUBLISHED_ROWS
+        for stage in (
+            _rows(name, list(PUBLISHED_LENGTHS[:4]), 400),
+            # The group's servers start anew; the gate has passed.
+            _rows(name, list(PUBLISHED_LENGTHS[4:]), 470),
+        )
+    ),
+    Stage(
+        "rows_256k_fp8",
+        "benchmarks.gpu.speed:rows",
+        470,
+        "TriangleMix + MInference at 256K tokens of KV-retrieval prompts, fp8 KV",
+        {
+            **_ROWS,
+            "rows": "trimix+minference",
+            "lengths": [262144],
+            "repeats": 1,
+            "serve_arguments": ["--kv-cache-dtype=fp8"],
+            "kv_tokens": [262144],
+        },
+        # CPUs have no sparse kernel for fp8 KV.
+        _TOY_ROWS,
+        "rows_fp8",
+    ),
 ]
 
 _PROBE = """

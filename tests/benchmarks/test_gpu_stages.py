@@ -147,8 +147,11 @@ def benchmarked(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[list[
 
         def benchmark(module: str, folder: Path, arguments: list[str], result: str) -> dict[str, Any]:
             calls.append(arguments)
+            rows = speed.row_names(next(text for text in arguments if text.startswith("--rows="))[7:])
+            if "--gate-only" in arguments:
+                return dict.fromkeys(rows[1:], "answered, 8064 rows by a pattern")
             read = dict(argument[2:].split("=", 1) for argument in arguments if "=" in argument)
-            rows = [
+            found = [
                 {
                     "config": config,
                     "length": int(length),
@@ -157,12 +160,13 @@ def benchmarked(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[list[
                     "itl_median_s": 0.01,
                     "ratio_to_stock": ratio,
                     "itl_ratio_to_stock": ratio,
+                    "density": 0.1 if config in rows else None,
                 }
-                for config in ("stock", "trimix")
+                for config in ("stock", "trimix", *rows)
                 for length in read["lengths"].split(",")
                 for concurrency in read["concurrency"].split(",")
             ]
-            return {"rows": rows, "gate": {"trimix": "right"}}
+            return {"rows": found, "gate": {"trimix": "right"}}
 
         monkeypatch.setattr(speed, "_benchmark", benchmark)
         return calls
@@ -218,6 +222,47 @@ def test_slower_than_stock_fails(tmp_path: Path, benchmarked: Any) -> None:
     speed.decode(make_report(tmp_path, "decode"))
     assert failed(tmp_path, "ttft_32k_64k") == ["faster than stock at 32768", "faster than stock at 65536"]
     assert failed(tmp_path, "decode") == ["as fast as stock, batch 1", "as fast as stock, batch 16"]
+
+
+def test_a_dynamic_row_has_its_own_servers(tmp_path: Path, benchmarked: Any) -> None:
+    calls = benchmarked(0.7)
+    for name in ("rows_minference_short", "rows_minference_long", "rows_circuit", "rows_256k_fp8"):
+        speed.rows(make_report(tmp_path, name))
+        assert failed(tmp_path, name) == []
+    short, long, circuit, fp8 = ({text.partition("=")[0]: text.partition("=")[2] for text in call} for call in calls)
+    assert (short["--rows"], short["--prompts"], short["--shallow"]) == (
+        "minference",
+        "kv-retrieval",
+        '{"min_seq_len": 0}',
+    )
+    # The published lengths, and the rest of them in the group's other stage.
+    lengths = [int(text) for call in (short, long) for text in call["--lengths"].split(",")]
+    assert lengths == list(range(32000, 128001, 16000))
+    assert short["--model"] == long["--model"]
+    assert (circuit["--rows"], circuit["--prompts"]) == ("published", "document")
+    config = json.loads((Path(circuit["--model"]) / "config.json").read_text())
+    attention = {key: config[key] for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")}
+    assert attention == {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    assert "--serve-arg=--load-format=dummy" not in calls[2]
+    assert "--serve-arg=--load-format=dummy" in calls[3]
+    assert fp8["--lengths"] == "262144"
+    assert all("--no-ideal" in call for call in calls)
+
+
+def test_dynamic_rows_that_do_not_fit_are_skipped(tmp_path: Path, benchmarked: Any) -> None:
+    calls = benchmarked(0.7)
+    speed.rows(make_report(tmp_path, "rows_minference_short", memory=84e9))
+    result = load(tmp_path / "rows_minference_short.json")
+    assert result is not None
+    assert result["status"] == "skipped"
+    assert result["seen"].startswith("3 servers of 35 GiB do not fit")
+    assert calls == []
+
+
+def test_a_row_that_was_not_gated_fails_the_gate_stage(tmp_path: Path, benchmarked: Any) -> None:
+    benchmarked(0.7)
+    speed.gate(make_report(tmp_path, "rows_gate"))
+    assert failed(tmp_path, "rows_gate") == ["minference"]
 
 
 def test_stages_of_a_group_share_a_folder(tmp_path: Path, benchmarked: Any) -> None:

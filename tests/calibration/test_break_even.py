@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 from tests.calibration.machine import Machine, triangle_ratio
 from vllm_trimix.calibration import (
     DEFAULT_REPEATS,
+    DENSE,
+    DYNAMIC,
     SHORTEST,
+    TRIANGLE,
+    Comparison,
     Row,
     break_even,
     foreseen_seconds,
@@ -34,8 +38,8 @@ def run(machine: Machine, *, longest: int = 32768, dense_len: int = DENSE_LEN, r
     said: list[str] = []
     rows = measure(
         machine.ask,
+        Comparison(DENSE, TRIANGLE, dense_len),
         longest=longest,
-        dense_len=dense_len,
         repeats=repeats,
         left=machine.left,
         on_row=lambda row: None,
@@ -140,7 +144,7 @@ def test_too_short() -> None:
 def test_pairs_share_a_prompt_and_alternate() -> None:
     machine = Machine(lambda length: 0.9)
     rows, _ = run(machine, longest=1024, repeats=5)
-    assert [len(item.dense) for item in rows] == [len(item.triangle) for item in rows] == [5, 5]
+    assert [len(item.baseline) for item in rows] == [len(item.candidate) for item in rows] == [5, 5]
     pairs = [machine.asked[at : at + 2] for at in range(0, len(machine.asked), 2)]
     # One of them is the warm-up.
     assert len(pairs) == 2 * 6
@@ -188,3 +192,24 @@ def test_foreseen_seconds_are_no_less_than_what_it_takes() -> None:
         pair = machine.dense_seconds(length) * (1 + machine.ratio(length))
         assert foreseen_seconds(rows, length, 3) >= 4 * pair * 0.999
     assert foreseen_seconds([], 8192, 3) == 0
+
+
+def test_a_dynamic_pattern_is_compared_with_the_triangle_alone() -> None:
+    def ask(length: int, seed: int, variant: str) -> float:
+        asked.add(variant)
+        return length / 1000 * {TRIANGLE: 1.0, DYNAMIC: triangle_ratio(3000)(length)}[variant]
+
+    asked: set[str] = set()
+    rows = measure(
+        ask,
+        Comparison(TRIANGLE, DYNAMIC, 700),
+        longest=8192,
+        repeats=9,
+        left=lambda: 1e9,
+        on_row=lambda row: None,
+        say=lambda line: None,
+    )
+    assert asked == {TRIANGLE, DYNAMIC}
+    assert [item.is_control for item in rows] == [item.length <= 700 for item in rows]
+    assert break_even(rows) == 3072
+    assert {"length", "triangle_s", "dynamic_s", "ratio"} <= rows[0].as_json().keys()

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.calibration.fake_engine import RESOLVED
+from tests.calibration.fake_engine import DENSITY, RESOLVED, SHALLOW
 from vllm_trimix import calibration
 from vllm_trimix.calibration import make_overlay
 from vllm_trimix.cli.main import main
@@ -40,6 +40,7 @@ def calibrate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr("vllm_trimix.engine_process._MODULE", FAKE)
     monkeypatch.setattr("vllm_trimix.cli.calibrate._LOG_SECONDS", 0.5)
+    monkeypatch.setattr("vllm_trimix.cli.calibrate._SETTLE_SECONDS", 0)
 
     def run(*argv: str, **how: Any) -> tuple[int, str, str]:
         monkeypatch.setenv("FAKE_ENGINE", json.dumps(how))
@@ -89,6 +90,75 @@ def test_it_writes_an_overlay_and_says_how_to_use_it(calibrate: Calibrate, tmp_p
     assert resolved.source == "preset:trimix-A-model.json"
 
 
+SHALLOW_ENTRY = '{"layers": "4-7", "shallow": {"pattern": "flexprefill", "gamma": 0.9}}'
+
+
+def test_a_shallow_pattern_has_a_break_even_of_its_own(calibrate: Calibrate, tmp_path: Path) -> None:
+    status, out, err = calibrate("m", "--trimix", SHALLOW_ENTRY, "--max-length", "8192", resolved={"shallow": SHALLOW})
+    assert status == 0, err
+    assert "tokens triangle (s) dynamic (s) ratio 95% interval density verdict" in " ".join(out.split())
+    assert "break-even: 1536 tokens. From there on the triangle was not slower than dense at" in out
+    dynamic = "From there on flexprefill was not slower than the triangle with dense shallow layers at"
+    assert f"break-even: 3072 tokens. {dynamic}" in out
+    overlay = json.loads((tmp_path / "trimix-m.json").read_text())
+    assert overlay["min_prompt_len"] == 1536
+    assert overlay["shallow"] == {"pattern": "flexprefill", "gamma": 0.9, "min_seq_len": 3072}
+    provenance = overlay["provenance"]
+    assert {"dense_s", "triangle_s"} <= provenance["samples"][0].keys()
+    assert {"triangle_s", "dynamic_s"} <= provenance["dynamic_samples"][0].keys()
+    assert len(provenance["dynamic_samples"]) > 5
+    assert {sample["density"] for sample in provenance["dynamic_samples"]} == {DENSITY}
+    entry = json.loads(shlex.split(out.splitlines()[-1])[-1])["trimix"]
+    shallow = resolve(entry, model="m", num_layers=8).shallow
+    assert shallow is not None
+    assert (shallow.label, shallow.layers, shallow.min_seq_len) == ("flexprefill", (0, 1, 2, 3), 3072)
+    assert shallow.patterns[0]["gamma"] == 0.9
+
+
+def test_a_pattern_that_never_pays_is_left_out(calibrate: Calibrate, tmp_path: Path) -> None:
+    argv = ["m", "--trimix", SHALLOW_ENTRY, "--max-length", "4096"]
+    status, out, err = calibrate(*argv, resolved={"shallow": SHALLOW}, dynamic_crossing=9000)
+    assert status == 0, err
+    assert out.count("break-even: ") == 1
+    warning = "flexprefill has no break-even up to 4096 tokens: the overlay leaves the shallow layers dense"
+    assert f"warning: {warning}" in err
+    overlay = json.loads((tmp_path / "trimix-m.json").read_text())
+    assert (overlay["shallow"], overlay["min_prompt_len"]) == ("dense", 1536)
+    assert overlay["provenance"]["warnings"] == [warning]
+    # Without the triangle's break-even there is nothing to serve, whatever the pattern gives.
+    (tmp_path / "trimix-m.json").unlink()
+    status, out, _ = calibrate(*argv, resolved={"shallow": SHALLOW}, crossing=9000)
+    assert status == 1
+    assert "no break-even up to 4096 tokens: the triangle is not proven" in out
+    assert list(tmp_path.glob("*.json")) == []
+
+
+def test_a_pattern_without_a_triangle_is_compared_with_dense(calibrate: Calibrate, tmp_path: Path) -> None:
+    entry = '{"layers": [], "shallow": {"pattern": "flexprefill"}}'
+    shallow = {**SHALLOW, "layers": list(range(8))}
+    argv = ["m", "--trimix", entry, "--max-length", "8192"]
+    status, out, err = calibrate(*argv, resolved={"layers": [], "shallow": shallow}, crossing=0)
+    assert status == 0, err
+    assert "triangle" not in out
+    overlay = json.loads((tmp_path / "trimix-m.json").read_text())
+    assert overlay["shallow"] == {"pattern": "flexprefill", "min_seq_len": 1024}
+    assert "min_prompt_len" not in overlay
+    resolved = resolve({"preset": str(tmp_path / "trimix-m.json")}, model="m", num_layers=8)
+    assert resolved.layers == ()
+    assert resolved.shallow is not None
+    assert resolved.shallow.layers == tuple(range(8))
+    status, out, _ = calibrate(*argv, resolved={"layers": [], "shallow": shallow}, crossing=0, dynamic_crossing=90000)
+    assert status == 1
+    assert "flexprefill is not proven to be as fast as dense there" in out
+
+
+def test_a_pattern_that_never_runs_measures_nothing(calibrate: Calibrate, tmp_path: Path) -> None:
+    status, _, err = calibrate("m", "--trimix", SHALLOW_ENTRY, resolved={"shallow": SHALLOW}, dynamic_rows=False)
+    assert status == 2
+    assert "no row of a prompt of 512 tokens ran flexprefill" in err
+    assert list(tmp_path.glob("*.json")) == []
+
+
 def test_only_an_earlier_overlay_is_overwritten(calibrate: Calibrate, tmp_path: Path) -> None:
     argv = ["m", "--trimix", LAYERS, "--max-length", "2048", "--output", "o.json"]
     assert calibrate(*argv)[0] == 0
@@ -124,6 +194,10 @@ def test_few_repeats_say_what_they_are_worth(calibrate: Calibrate, tmp_path: Pat
         (["m", "--trimix", "[]"], "trimix: expected a JSON object"),
         (["m", "--trimix", '{"startin_layer": 3}'], "did you mean 'starting_layer'?"),
         (["m", "--trimix", '{"min_prompt_len": 3}'], "--trimix: min_prompt_len (3) is what is measured; leave it out"),
+        (
+            ["m", "--trimix", '{"shallow": {"pattern": "flexprefill", "min_seq_len": 3}}'],
+            "--trimix: shallow.min_seq_len (3) is what is measured; leave it out",
+        ),
         (["m", "--max-length", "100"], "--max-length: 100 is below 512 tokens"),
         (["m", "--repeats", "2"], "--repeats: 2 is too few; the least is 3"),
         (["m", "--output", "o.yaml"], "--output: 'o.yaml' must end in .json"),
@@ -268,3 +342,48 @@ def test_what_an_overlay_builds_on(
     )
     expected = {key: str(value).format(cwd=tmp_path) if key == "base" else value for key, value in expected.items()}
     assert overlay == {**expected, "min_prompt_len": 1536, "provenance": {"a": 1}}
+
+
+@pytest.mark.parametrize(
+    ("entry", "source", "expected"),
+    [
+        # The preset's own pattern: only the break-even is the overlay's.
+        ({"preset": "p.json"}, "preset:p.json", {"min_seq_len": 9}),
+        ({"preset": "p.json", "shallow": {"last_n": 3}}, "preset:p.json", {"last_n": 3, "min_seq_len": 9}),
+        (
+            {"layers": "4-7", "shallow": {"pattern": "xattention"}},
+            "config",
+            {"pattern": "xattention", "min_seq_len": 9},
+        ),
+        # Files move with the overlay, or stay where they are.
+        (
+            {"layers": "4-7", "shallow": {"heads": "in/heads.json"}},
+            "config",
+            {"heads": "heads.json", "min_seq_len": 9},
+        ),
+        ({"layers": "4-7", "shallow": {"heads": "h.json"}}, "config", {"heads": "{cwd}/h.json", "min_seq_len": 9}),
+        # A pattern from config.json, or of a preset whose layers are not used.
+        ({}, "model", {**SHALLOW["patterns"][0], "layers": "0-3", "last_n": 128, "min_seq_len": 9}),
+    ],
+)
+def test_what_an_overlay_says_of_the_shallow_layers(
+    entry: dict[str, Any], source: str, expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    resolved = Resolved.model_validate({**RESOLVED, "source": source, "shallow": SHALLOW})
+    overlay = make_overlay(
+        parse_config(entry), resolved, min_prompt_len=5, min_seq_len=9, output=Path("in/o.json"), provenance={}
+    )
+    if "heads" in expected:
+        expected = {**expected, "heads": expected["heads"].format(cwd=tmp_path)}
+    assert overlay["shallow"] == expected
+    dense = make_overlay(parse_config(entry), resolved, min_prompt_len=5, output=Path("in/o.json"), provenance={})
+    assert dense["shallow"] == "dense"
+
+
+def test_a_head_file_that_no_overlay_could_name() -> None:
+    heads = {**SHALLOW, "heads": [[0] * 8] * 4, "source": "heads.json"}
+    resolved = Resolved.model_validate({**RESOLVED, "source": "model", "shallow": heads})
+    with pytest.raises(ValueError, match=r"the head file heads.json is named by a preset .* name it here as well"):
+        calibration.overlay_shallow(parse_config({}), resolved, Path("o.json"))

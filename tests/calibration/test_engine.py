@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "vllm_trimix.cli.main", "calibrate"]
 FLAGS = ["--load-format", "dummy", "--enforce-eager", "--dtype", "bfloat16"]
 # Sparse enough for the triangle to win at 2048 tokens on any machine.
-TRIMIX = {"starting_layer": 0, "n_init": 4, "n_local": 64, "last_n": 16, "prompt_logprobs": "triangle"}
+TRIMIX = {"starting_layer": 1, "n_init": 4, "n_local": 64, "last_n": 16, "prompt_logprobs": "triangle"}
+SHALLOW = {"shallow": {"pattern": "a_shape", "n_init": 4, "n_local": 64}}
 RESOLVED = """
 import json, sys
 from vllm_trimix.backend.selfcheck import resolved_for
@@ -45,7 +46,8 @@ def environment(folder: Path) -> dict[str, str]:
 def test_measures_and_writes_what_a_server_then_runs(model: Path, tmp_path: Path) -> None:
     short = tmp_path / "tmp"
     short.mkdir()
-    arguments = [str(model), "--trimix", json.dumps(TRIMIX), "--max-length", "2048", "--repeats", "3", "--", *FLAGS]
+    entry = json.dumps(TRIMIX | SHALLOW)
+    arguments = [str(model), "--trimix", entry, "--max-length", "2048", "--repeats", "3", "--", *FLAGS]
     process = subprocess.run(
         [*COMMAND, *arguments], cwd=tmp_path, env=environment(short), capture_output=True, text=True, check=False
     )
@@ -55,20 +57,31 @@ def test_measures_and_writes_what_a_server_then_runs(model: Path, tmp_path: Path
     assert {512, 1024, 2048} <= {sample["length"] for sample in samples}
     assert all(value > 0 for sample in samples for value in (*sample["dense_s"], *sample["triangle_s"]))
     assert overlay["min_prompt_len"] in {sample["length"] for sample in samples}
-    assert overlay["provenance"]["ran"].startswith("layers=0-7 of=8 pattern=triangle n_init=4 n_local=64 last_n=16 ")
+    assert overlay["provenance"]["ran"].startswith("layers=1-7 of=8 pattern=triangle n_init=4 n_local=64 last_n=16 ")
+    assert "shallow=a_shape:layers:0:min_seq_len:0:last_n:16:" in overlay["provenance"]["ran"]
+    dynamic = overlay["provenance"]["dynamic_samples"]
+    assert {512, 1024, 2048} <= {sample["length"] for sample in dynamic}
+    assert all(value > 0 for sample in dynamic for value in (*sample["triangle_s"], *sample["dynamic_s"]))
+    # A fixed window: the longer the prompt, the smaller its share.
+    densities = [sample["density"] for sample in sorted(dynamic, key=lambda sample: sample["length"])]
+    assert densities == sorted(densities, reverse=True)
+    assert 0 < densities[-1] < 0.2
+    # Which one depends on the machine: the pattern's one layer of eight saves little.
+    lengths = {sample["length"] for sample in dynamic}
+    assert overlay["shallow"] == "dense" or overlay["shallow"]["min_seq_len"] in lengths
     assert overlay["provenance"]["engine"]["dtype"] == "bfloat16"
     assert list(short.glob("vllm-trimix-*")) == []
 
     command = shlex.split(process.stdout.splitlines()[-1])
     assert command[:3] == ["vllm", "serve", str(model)]
-    entry: dict[str, Any] = json.loads(command[command.index("--additional-config") + 1])["trimix"]
-    assert entry["prompt_logprobs"] == "triangle"
-    expected = resolve(entry, model=str(model), num_layers=8)
+    written: dict[str, Any] = json.loads(command[command.index("--additional-config") + 1])["trimix"]
+    assert written["prompt_logprobs"] == "triangle"
+    expected = resolve(written, model=str(model), num_layers=8)
     assert expected.min_prompt_len == overlay["min_prompt_len"] != DEFAULT_MIN_PROMPT_LEN
-    assert (expected.layers, expected.n_init, expected.n_local, expected.last_n) == (tuple(range(8)), 4, 64, 16)
+    assert (expected.layers, expected.n_init, expected.n_local, expected.last_n) == (tuple(range(1, 8)), 4, 64, 16)
 
     served = subprocess.run(
-        [sys.executable, "-c", RESOLVED, str(model), json.dumps(entry)],
+        [sys.executable, "-c", RESOLVED, str(model), json.dumps(written)],
         env=environment(short),
         capture_output=True,
         text=True,

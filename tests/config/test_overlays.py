@@ -56,6 +56,51 @@ def test_two_spellings_of_the_layers(tmp_path: Path, base: Any, own: Any, layers
     assert run({"preset": overlay}, num_layers=8).layers == layers
 
 
+@pytest.mark.parametrize(
+    ("base", "own", "entry", "expected"),
+    [
+        # Only what is named changes: what calibrate writes over a preset with a pattern.
+        ({"pattern": "flexprefill", "gamma": 0.9, "last_n": 5}, {"min_seq_len": 7}, None, ("flexprefill", 5, 7)),
+        ({"pattern": "flexprefill", "last_n": 5}, {"min_seq_len": 7}, {"min_seq_len": 9}, ("flexprefill", 5, 9)),
+        ({"pattern": "flexprefill"}, None, {"last_n": 3}, ("flexprefill", 3, 16384)),
+        # Another pattern has other parameters: nothing of the base's is left.
+        (
+            {"pattern": "flexprefill", "gamma": 0.9, "last_n": 5},
+            {"pattern": "xattention"},
+            None,
+            ("xattention", 128, 16384),
+        ),
+        ({"pattern": "flexprefill", "last_n": 5}, None, {"pattern": "xattention"}, ("xattention", 128, 16384)),
+        ({"pattern": "flexprefill"}, "dense", None, None),
+        ({"pattern": "flexprefill"}, {"min_seq_len": 7}, "dense", None),
+    ],
+)
+def test_shallow_over_shallow(tmp_path: Path, base: Any, own: Any, entry: Any, expected: Any) -> None:
+    write(tmp_path / "base.json", {"layers": "4-7", "shallow": base})
+    overlay = write(tmp_path / "o.json", {"base": "base.json", **({} if own is None else {"shallow": own})})
+    shallow = run({"preset": overlay, **({} if entry is None else {"shallow": entry})}, num_layers=8).shallow
+    assert expected == (shallow and (shallow.label, shallow.last_n, shallow.min_seq_len))
+    if own == {"min_seq_len": 7} and expected is not None and "gamma" in base:
+        assert shallow is not None
+        assert shallow.patterns[0]["gamma"] == 0.9
+
+
+def test_a_head_file_below_is_sought_beside_its_own_preset(tmp_path: Path) -> None:
+    heads = {str(head): ["vertical_and_slash", 30, 50, 0.5] for head in range(2)}
+    write(tmp_path / "there/heads.json", [heads] * 8)
+    write(tmp_path / "there/base.json", {"layers": "4-7", "shallow": {"heads": "heads.json"}})
+    overlay = write(tmp_path / "o.json", {"base": "there/base.json", "shallow": {"min_seq_len": 7}})
+    shallow = resolve({"preset": overlay}, model="m", num_layers=8, num_heads=2).shallow
+    assert shallow is not None
+    assert (shallow.source, shallow.min_seq_len) == ("heads.json", 7)
+
+
+def test_keys_of_a_pattern_that_is_nowhere_named(tmp_path: Path) -> None:
+    overlay = write(tmp_path / "o.json", {"base": "Qwen/Qwen3-8B", "shallow": {"min_seq_len": 7}})
+    with pytest.raises(ValueError, match=r'trimix.shallow: write either "pattern" \(.*\) or "heads"'):
+        run({"preset": overlay})
+
+
 def test_a_base_is_sought_beside_the_overlay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "there/base.json", {"layers": "3"})
     write(tmp_path / "there/o.json", {"base": "./base.json", "min_prompt_len": 5})

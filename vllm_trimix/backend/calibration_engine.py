@@ -106,9 +106,22 @@ def configure(*, model: str, flags: list[str], trimix: dict[str, Any], max_lengt
     arguments.additional_config = {settings.ENTRY: entry}
     vllm_config = arguments.create_engine_config(_CONTEXT)
     resolved = settings.of(vllm_config)
-    if not resolved.layers:
-        raise ValueError("trimix.layers: the triangle set is empty; there is nothing to measure")
-    if resolved.triangle.is_dense(longest):
+    if resolved.shallow is not None:
+        # Here and not in the entry: the pattern may come from a preset, which is read only when the model is known.
+        shallow = resolved.shallow.model_copy(update={"min_seq_len": 0})
+        resolved = resolved.model_copy(update={"shallow": shallow})
+        stored = {settings.RESOLVED: resolved.model_dump(mode="json")}
+        vllm_config.additional_config = {**vllm_config.additional_config, **stored}
+        if longest <= shallow.dense_len:
+            raise ValueError(
+                f"--max-length: prompts of up to {shallow.dense_len} tokens (last_n and a tile) have no row for "
+                f"{shallow.label}; {longest} is too short"
+            )
+    elif not resolved.layers:
+        raise ValueError(
+            "trimix.layers: the triangle set is empty, and no shallow pattern; there is nothing to measure"
+        )
+    if resolved.layers and resolved.triangle.is_dense(longest):
         raise ValueError(
             f"--max-length: up to {resolved.triangle.dense_len} tokens (n_init + n_local + last_n) the pattern hides "
             f"nothing; {longest} is too short"
@@ -141,8 +154,11 @@ def engine_arguments(model: str, flags: list[str]) -> Any:
 def facts(vllm_config: Any) -> dict[str, Any]:
     """What ran, for the provenance and for the overlay."""
     model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
+    resolved = settings.of(vllm_config)
     return {
-        "resolved": settings.of(vllm_config).model_dump(mode="json"),
+        "resolved": resolved.model_dump(mode="json"),
+        # Known here, where PyTorch is loaded already.
+        "shallow_dense_len": None if resolved.shallow is None else resolved.shallow.dense_len,
         "hardware": hardware(parallel.world_size),
         "versions": versions(),
         "engine": {

@@ -1,31 +1,34 @@
-"""``vllm-trimix calibrate``: measures from which prompt length the triangle pays here, as a preset overlay."""
+"""``vllm-trimix calibrate``: measures from which prompt length each pattern pays here, as a preset overlay."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
-import itertools
+import functools
 import json
 import re
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vllm_trimix import calibration
-from vllm_trimix.calibration import Row
+from vllm_trimix import calibration_report as report
+from vllm_trimix.calibration import Comparison, Row
 from vllm_trimix.config import Resolved, TrimixConfig, parse_config
 from vllm_trimix.engine_process import EngineDied, EngineProcess
-from vllm_trimix.intervals import CONFIDENCE, interval_confidence
-from vllm_trimix.layers import format_layers
 
 TAKES_ENGINE_FLAGS = True
 
 _START_LINE = r"TRIMIX: (layers=.*)"
 _LOG_SECONDS = 10.0
-_TRIANGLE_ROWS = r"TRIMIX rows: triangle=[1-9]"
+# What the log says once rows of a variant were computed.
+_RAN = {calibration.TRIANGLE: r"TRIMIX rows: triangle=[1-9]", calibration.DYNAMIC: r"dynamic_layer_rows=[1-9]"}
+_KEYS = re.compile(r"TRIMIX rows: .* keys_read=(\d+) keys_causal=(\d+) ")
+# Until what a row of the table ran is in the log.
+_SETTLE_SECONDS = 1.2
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -37,7 +40,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Runs one engine on this machine and asks it random prompts of growing length, each once with the "
         "triangle and once dense. The break-even is the smallest measured length from which on the triangle is never "
         "slower: there the 95% interval of the paired ratio of times to first token ends at or below 1. It is "
-        "written as min_prompt_len of a preset overlay. Have the machine to yourself meanwhile.",
+        "written as min_prompt_len of a preset overlay. A dynamic pattern in the shallow layers is measured likewise, "
+        "against the triangle alone, for its min_seq_len. Have the machine to yourself meanwhile.",
         epilog="After -- come engine flags of vllm serve, the ones you serve with: "
         "vllm-trimix calibrate MODEL -- --dtype bfloat16 --tensor-parallel-size 2",
     )
@@ -103,20 +107,32 @@ def run(args: argparse.Namespace) -> int:
                     f"--budget: {args.budget:g} minutes were over before the engine was ready; allow more"
                 ) from None
             resolved = Resolved.model_validate(ready["ready"]["resolved"])
-            rows = measure(engine, resolved, longest=ready["longest"], repeats=args.repeats, left=left)
+            if resolved.shallow is not None:
+                calibration.overlay_shallow(entry, resolved, output)
+            compared = comparisons(resolved, ready["ready"].get("shallow_dense_len"))
+            measured = measure_all(
+                engine, compared, resolved, longest=ready["longest"], repeats=args.repeats, left=left
+            )
             ran = engine.wait_for_log(_START_LINE, 0)
     except EngineDied as died:
         print(*died.last_lines, sep="\n", file=sys.stderr)
         print(f"vllm-trimix: error: {died}", file=sys.stderr)
         return 1
-    warnings = cautions(rows)
+    warnings = [warning for rows in measured.values() for warning in report.cautions(rows)]
+    found = {candidate: calibration.break_even(rows) for candidate, rows in measured.items()}
+    # Without a length at which the triangle pays, nothing else makes a server worth it.
+    needed = compared[0].candidate
+    if needed != calibration.DYNAMIC and found.get(calibration.DYNAMIC, 0) is None:
+        warnings.append(report.stays_dense(measured[calibration.DYNAMIC], resolved))
     for warning in warnings:
         _say(f"warning: {warning}")
-    found = calibration.break_even(rows)
-    if found is None:
-        print(no_break_even(rows))
+    if found[needed] is None:
+        print(report.no_break_even(measured[needed], needed, resolved))
         return 1
-    print(f"break-even: {found} tokens. From there on the triangle was not slower than dense at any measured length.")
+    for comparison in compared:
+        length = found[comparison.candidate]
+        if length is not None:
+            print(report.verdict(comparison, resolved, length))
     provenance = {
         "source": calibration.SOURCE,
         "date": datetime.date.today().isoformat(),
@@ -126,16 +142,39 @@ def run(args: argparse.Namespace) -> int:
         "engine_args": args.flags,
         "engine": ready["ready"]["engine"],
         "ran": ran[1].strip() if ran else "",
-        "measured": f"time to first token of single requests without prefix caching, triangle and opted-out dense in "
-        f"turn on one engine, {args.repeats} pairs per length after a warm-up; the smallest measured length from "
-        "which on the order-statistic interval of the median paired ratio ends at or below 1",
+        "measured": report.method(args.repeats),
         "warnings": warnings,
-        "samples": [row.as_json() for row in rows],
+        "samples": [row.as_json() for row in measured.get(calibration.TRIANGLE, [])],
     }
-    overlay = calibration.make_overlay(entry, resolved, min_prompt_len=found, output=output, provenance=provenance)
+    if calibration.DYNAMIC in measured:
+        provenance["dynamic_samples"] = [row.as_json() for row in measured[calibration.DYNAMIC]]
+    overlay = calibration.make_overlay(
+        entry,
+        resolved,
+        min_prompt_len=found.get(calibration.TRIANGLE),
+        min_seq_len=found.get(calibration.DYNAMIC),
+        output=output,
+        provenance=provenance,
+    )
     calibration.write_overlay(overlay, output)
     print(f"wrote {output}; serve with:\n\n{serve_command(args.model, args.flags, entry, output)}")
     return 0
+
+
+def comparisons(resolved: Resolved, shallow_dense_len: int | None) -> list[Comparison]:
+    """What is measured, in order: the triangle over dense, then the shallow layers' pattern over the triangle alone.
+
+    Args:
+        resolved: What runs.
+        shallow_dense_len: Longest prompt of which the shallow pattern has no row, in tokens; None without a pattern.
+    """
+    found = []
+    if resolved.layers:
+        found.append(Comparison(calibration.DENSE, calibration.TRIANGLE, resolved.triangle.dense_len))
+    if shallow_dense_len is not None:
+        baseline = calibration.TRIANGLE if resolved.layers else calibration.DENSE
+        found.append(Comparison(baseline, calibration.DYNAMIC, shallow_dense_len))
+    return found
 
 
 def check(args: argparse.Namespace) -> tuple[TrimixConfig, Path]:
@@ -165,99 +204,96 @@ def check(args: argparse.Namespace) -> tuple[TrimixConfig, Path]:
     entry = parse_config(raw)
     if entry.min_prompt_len is not None:
         raise ValueError(f"--trimix: min_prompt_len ({entry.min_prompt_len}) is what is measured; leave it out")
+    if isinstance(entry.shallow, dict) and "min_seq_len" in entry.shallow:
+        raise ValueError(
+            f"--trimix: shallow.min_seq_len ({entry.shallow['min_seq_len']}) is what is measured; leave it out"
+        )
     output = args.output or Path(f"trimix-{model_name(args.model)}.json")
     calibration.check_output(output)
     calibration.check_base(entry, output)
     return entry, output
 
 
+def measure_all(
+    engine: EngineProcess,
+    compared: Sequence[Comparison],
+    resolved: Resolved,
+    *,
+    longest: int,
+    repeats: int,
+    left: Callable[[], float],
+) -> dict[str, list[Row]]:
+    """The rows of each comparison, by its candidate; the time that is left is shared out evenly."""
+    measured = {}
+    for number, comparison in enumerate(compared, 1):
+        reserved = left() * (1 - 1 / (len(compared) - number + 1))
+        measured[comparison.candidate] = measure(
+            engine,
+            comparison,
+            resolved,
+            longest=longest,
+            repeats=repeats,
+            left=functools.partial(_before, left, reserved),
+        )
+    return measured
+
+
 def measure(
-    engine: EngineProcess, resolved: Resolved, *, longest: int, repeats: int, left: Callable[[], float]
+    engine: EngineProcess,
+    comparison: Comparison,
+    resolved: Resolved,
+    *,
+    longest: int,
+    repeats: int,
+    left: Callable[[], float],
 ) -> list[Row]:
     """Measures all lengths and prints a line for each.
 
     Raises:
-        ValueError: No row ran the triangle.
+        ValueError: No row ran the pattern.
         EngineDied: The engine ended.
     """
-    _say(
-        f"layers {format_layers(resolved.layers)} of {resolved.num_layers} run the triangle (n_init {resolved.n_init}, "
-        f"n_local {resolved.n_local}, last_n {resolved.last_n}), from {resolved.source}"
-    )
-    confidence = interval_confidence(repeats)
-    level = f"{min(confidence, CONFIDENCE):.0%} interval"
-    print(f"{'tokens':>7}{'dense (s)':>12}{'triangle (s)':>14}{'ratio':>8}{level:>16}  verdict", flush=True)
+    _say(report.announcement(comparison, resolved))
+    print(report.header(comparison, repeats), flush=True)
+    is_dynamic = comparison.candidate == calibration.DYNAMIC
     checked = False
+    keys_before = _keys(engine.log)
+    densities: dict[int, float | None] = {}
 
     def on_row(row: Row) -> None:
-        nonlocal checked
-        print(format_row(row), flush=True)
-        if not row.is_control and not checked:
+        nonlocal checked, keys_before
+        if is_dynamic:
             # Written some time after the rows that it counts.
-            if engine.wait_for_log(_TRIANGLE_ROWS, _LOG_SECONDS) is None:
-                raise ValueError(f"no row of a prompt of {row.length} tokens ran the triangle; see vllm-trimix doctor")
+            time.sleep(_SETTLE_SECONDS)
+            keys = _keys(engine.log)
+            read, causal = (now - before for now, before in zip(keys, keys_before, strict=True))
+            keys_before = keys
+            densities[row.length] = read / causal if causal else None
+            row = dataclasses.replace(row, density=densities[row.length])
+        print(report.format_row(row), flush=True)
+        if not row.is_control and not checked:
+            if engine.wait_for_log(_RAN[comparison.candidate], _LOG_SECONDS) is None:
+                raise ValueError(
+                    f"no row of a prompt of {row.length} tokens ran {report.what(comparison.candidate, resolved)}; see "
+                    "vllm-trimix doctor"
+                )
             checked = True
 
-    return calibration.measure(
-        engine.ask,
-        longest=longest,
-        dense_len=resolved.triangle.dense_len,
-        repeats=repeats,
-        left=left,
-        on_row=on_row,
-        say=_say,
+    rows = calibration.measure(
+        engine.ask, comparison, longest=longest, repeats=repeats, left=left, on_row=on_row, say=_say
     )
+    return [dataclasses.replace(row, density=densities.get(row.length)) for row in rows]
 
 
-def format_row(row: Row) -> str:
-    """One line of the table."""
-    low, high = row.interval
-    seconds = [statistics.median(values) for values in (row.dense, row.triangle)]
-    interval = f"{low:.3f}-{high:.3f}"
-    return f"{row.length:>7}{seconds[0]:>12.4f}{seconds[1]:>14.4f}{row.ratio:>8.3f}{interval:>16}  {row.verdict}"
+def _keys(log: str) -> tuple[int, int]:
+    """Keys that dynamic patterns read so far, and keys that they could have read."""
+    found = [(int(read), int(causal)) for read, causal in _KEYS.findall(log)]
+    return sum(read for read, _ in found), sum(causal for _, causal in found)
 
 
-def cautions(rows: Sequence[Row]) -> list[str]:
-    """What makes the result doubtful, in sentences."""
-    found = []
-    noisy = [row for row in rows if row.spread > calibration.LARGE_SPREAD]
-    if noisy:
-        worst = max(noisy, key=lambda row: row.spread)
-        found.append(
-            f"the machine was not quiet: dense times of one length differ by up to {worst.spread:.0%} "
-            f"({worst.length} tokens); stop what else runs and measure again"
-        )
-    for shorter, longer in itertools.pairwise(rows):
-        if statistics.median(longer.dense) < statistics.median(shorter.dense):
-            found.append(
-                f"the machine's speed changed: {longer.length} tokens took less time than {shorter.length}; "
-                "stop what else runs and measure again"
-            )
-            break
-    controls = [row for row in rows if row.is_control and not row.interval[0] <= 1 <= row.interval[1]]
-    if controls:
-        found.append(
-            f"at {controls[0].length} tokens both variants ran the same code, yet their ratio was "
-            f"{controls[0].ratio:.3f}: the timings are biased by about that much"
-        )
-    if rows and rows[0].confidence < CONFIDENCE:
-        found.append(
-            f"{len(rows[0].dense)} repeats give an interval of {rows[0].confidence:.0%} only; 95% needs 6 or more"
-        )
-    return found
-
-
-def no_break_even(rows: Sequence[Row]) -> str:
-    """Why nothing was written."""
-    real = [row for row in rows if not row.is_control]
-    if not real:
-        return (
-            "no break-even: --budget was over before a prompt was measured that the pattern shortens. Nothing written."
-        )
-    return (
-        f"no break-even up to {real[-1].length} tokens: the triangle is not proven to be as fast as dense there. "
-        "Nothing written. Allow longer prompts (--max-length, --budget), or serve without TRIMIX."
-    )
+def _before(left: Callable[[], float], reserved: float) -> float:
+    """Seconds left of the time before that which is kept for later."""
+    return left() - reserved
 
 
 def serve_command(model: str, flags: Sequence[str], entry: TrimixConfig, output: Path) -> str:
