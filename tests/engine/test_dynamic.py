@@ -138,17 +138,21 @@ def test_preempted_and_resumed(tiny: Path, tmp_path: Path) -> None:
 def test_prefix_cache_hits(tiny: Path, tmp_path: Path) -> None:
     """A hit holds what the first request's chunks chose; the truth follows those chunks."""
     trimix = shallow(PATTERNS["xattention"])
-    shared, (tail,) = prompts([320])[0], prompts([150], seed=1)
+    shared, (tail,) = prompts([320])[0], prompts([151], seed=1)
+    # Of other lengths, because the engine's chunks are known by the length of their prompt.
     waves = [
-        [{"prompt": prompt, "max_tokens": 4, "extra_args": args} for args in (None, {"trimix": "off"})]
-        for prompt in (shared + tail[:60], shared + tail)
+        [
+            {"prompt": shared + tail[:length], "max_tokens": 4, "extra_args": None},
+            {"prompt": shared + tail[: length + 1], "max_tokens": 4, "extra_args": {"trimix": "off"}},
+        ]
+        for length in (60, 150)
     ]
     engine = {"max_num_batched_tokens": 64, "enable_prefix_caching": True}
     result = run_job(tmp_path, tiny, waves, engine=engine, trimix=trimix)
     # The pattern's choice doesn't depend on where chunks of whole tiles end.
     for prompt_len, spans in result.spans.items():
-        if prompt_len == len(shared + tail):
-            spans[:0] = [span for span in result.spans[len(shared) + 60] if span[2] <= 352]
+        if prompt_len == len(shared) + 150:
+            spans[:0] = [span for span in result.spans[len(shared) + 60] if span[2] <= 320]
     for wave, answers in zip(waves, result.waves, strict=True):
         assert_matches_truth(tiny, wave, answers, result, trimix)
     assert [answer["cached_tokens"] for answer in result.waves[0]] == [0, 0]

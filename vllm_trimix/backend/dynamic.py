@@ -177,7 +177,8 @@ class CpuPages:
             layout.tokens(cache[:, heads][pages])[:, :num_keys]
             for cache, layout in zip((self.k_pages, self.v_pages), self.layouts, strict=True)
         )
-        return DenseTokens(k, v)
+        # A single page stored by columns comes as a view of it, which no kernel reads.
+        return DenseTokens(*(x if x.stride(2) == 1 else x.contiguous() for x in (k, v)))
 
     def sums(self, request: int, num_keys: int, first_head: int, num_heads: int) -> None:
         return None
