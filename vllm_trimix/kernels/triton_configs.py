@@ -116,6 +116,9 @@ def sparse_config_for(
         config = _HOPPER_SPARSE[_padded(head_size), block_size]
     elif config.block_m > block_size:
         config = replace(config, block_m=block_size, num_warps=config.num_warps * block_size // config.block_m)
+    if dtype_size == 4 and _padded(head_size) == 128:
+        # Fewer warps hold more registers each: eight spill.
+        config = replace(config, num_warps=4)
     # As above, widened operands need the registers; Blackwell's compiler spills where it looks ahead.
     if cache_size < dtype_size or capability >= 100:
         config = replace(config, lookahead=False)
@@ -133,8 +136,11 @@ def estimate_config_for(head_size: int, dtype_size: int) -> TileConfig:
         ValueError: The head size or element size isn't supported.
     """
     config_for(head_size, dtype_size, dtype_size)
-    side = 64 if dtype_size < 4 else 32
-    return TileConfig(block_m=side, block_n=side, num_warps=8 if head_size > 128 else 4, num_stages=2)
+    is_wide = head_size > 128
+    if dtype_size == 4:
+        side = 16 if is_wide else 32
+        return TileConfig(block_m=side, block_n=side, num_warps=4, num_stages=2)
+    return TileConfig(block_m=64, block_n=64, num_warps=8 if is_wide else 4, num_stages=2)
 
 
 def tile_rows_for(num_heads: int, num_kv_heads: int, head_size: int, dtype_size: int, capability: int = 90) -> int:
