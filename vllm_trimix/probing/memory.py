@@ -14,21 +14,30 @@ _HIDDEN_TENSORS = 12
 
 
 def needed_bytes(config: Any, *, length: int, dtype: torch.dtype) -> int:
-    """Estimate of a probe's peak: weights, one hidden state a layer, and one layer's work.
+    """Estimate of a probe's peak: a forward pass, one hidden state a layer, and the blocks of one layer's map.
 
     Args:
         config: The model's configuration, of transformers.
         length: Longest prompt with its answer, in tokens.
         dtype: Of weights and activations.
     """
-    weights = weight_bytes(config, dtype)
     text = config.get_text_config()
     heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     hidden = length * text.hidden_size * dtype.itemsize
-    inner = length * getattr(text, "intermediate_size", 4 * text.hidden_size) * dtype.itemsize
     block = BLOCK_ROWS * (heads // kv_heads) * length * BLOCK_BYTES
-    layer = _HIDDEN_TENSORS * hidden + _INNER_TENSORS * inner + BLOCK_TENSORS * block
-    return int(weights + (text.num_hidden_layers + 1) * hidden + layer)
+    return int(
+        forward_bytes(config, length=length, dtype=dtype)
+        + (text.num_hidden_layers + 1) * hidden
+        + BLOCK_TENSORS * block
+    )
+
+
+def forward_bytes(config: Any, *, length: int, dtype: torch.dtype) -> int:
+    """Estimate of weights and one layer's activations."""
+    text = config.get_text_config()
+    hidden = length * text.hidden_size * dtype.itemsize
+    inner = length * getattr(text, "intermediate_size", 4 * text.hidden_size) * dtype.itemsize
+    return weight_bytes(config, dtype) + int(_HIDDEN_TENSORS * hidden + _INNER_TENSORS * inner)
 
 
 def weight_bytes(config: Any, dtype: torch.dtype) -> int:

@@ -42,6 +42,11 @@ class Saved:
                 )
             self._results = results
 
+    @property
+    def results(self) -> dict[str, dict[str, Any]]:
+        """Key -> result, a dataclass's fields."""
+        return self._results
+
     def __contains__(self, key: str) -> bool:
         return key in self._results
 
