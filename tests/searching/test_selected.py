@@ -80,6 +80,21 @@ def test_heads_of_all_patterns_at_once() -> None:
     assert torch.equal(together, alone)
 
 
+def test_a_chunk_is_what_the_server_would_see() -> None:
+    """Its sparse rows; its last rows, dense ones included, that patterns choose by; and all keys up to its end."""
+    data = inputs(tokens=300)
+    made = list(chunks(data.q, data.k, num_sparse=250, chunk=120, scale=data.scale))
+    assert [(part.position, part.num_rows, part.num_keys) for part in made] == [
+        (0, 120, 120),
+        (120, 120, 240),
+        (240, 10, 300),
+    ]
+    for part in made:
+        assert torch.equal(part.q, data.q[:, part.position : part.position + part.num_rows])
+        assert torch.equal(part.q_last, data.q[:, part.position : part.num_keys])
+        assert torch.equal(part.k, data.k[:, : part.num_keys])
+
+
 def test_soft_caps() -> None:
     data = inputs(tokens=40)
     rule = Rule(data.scale, soft_cap=0.5)

@@ -106,9 +106,9 @@ class _Sums:
 
     def measured(self, whole: torch.Tensor, num_rows: int) -> Measured:
         """The ratios; a head or layer without any output has no error."""
-        # Heads that cancel each other exactly leave nothing to err against.
+        # 0 / 0: nothing is written, nothing is lost. Heads that cancel each other leave nothing to err against.
         error, own = (
-            (self.squares / norm).masked_fill(self.squares == 0, 0).sqrt().nan_to_num(posinf=_LARGEST).tolist()
+            (self.squares / norm).sqrt().nan_to_num(nan=0.0, posinf=_LARGEST).tolist()
             for norm in (whole, self.own[:, None])
         )
         return Measured((self.keys / self.causal).tolist(), error, own, (self.recall / num_rows).tolist())

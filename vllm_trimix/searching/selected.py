@@ -55,9 +55,7 @@ def chunks(q: torch.Tensor, k: torch.Tensor, *, num_sparse: int, chunk: int | No
 
 def select(patterns: Sequence[DynamicPattern], chunk: Chunk) -> Selection:
     """The choice of heads of one kind."""
-    first = patterns[0]
-    last = chunk.q_last.shape[1]
-    return first.select(patterns, chunk._replace(q_last=chunk.q_last[:, max(0, last - first.last_rows) :]))
+    return patterns[0].select(patterns, chunk)
 
 
 def keys_read(selection: Selection) -> torch.Tensor:
