@@ -53,7 +53,7 @@ class TriangleAttention:
         model = self.model()
         if model is not None:
             model.set_attn_implementation(self._previous)
-            for module in _attention_modules(model):
+            for module in attention_modules(model):
                 del module.trimix
 
     def prompt_len_of(self, rows: int, keys: int) -> int:
@@ -122,7 +122,7 @@ def install(model: Any, *, layers: Iterable[int], pattern: Triangle) -> Triangle
         model=weakref.ref(model),
         _previous=model.config._attn_implementation,
     )
-    modules = _attention_modules(model)
+    modules = attention_modules(model)
     if len(modules) != num_layers or not model._can_set_attn_implementation():
         raise ValueError(
             f"{type(model).__name__}: its attention can't be replaced ({len(modules)} of {num_layers} layers have a "
@@ -229,7 +229,7 @@ def _refuse_padding(*, attention_mask: torch.Tensor | None = None, **_: Any) -> 
         raise ValueError("attention_mask hides tokens: padded batches are not supported; pass prompts of one length")
 
 
-def _attention_modules(model: Any) -> list[Any]:
+def attention_modules(model: Any) -> list[Any]:
     """The attention module of each layer: transformers gives it its layer's index and the softmax scale."""
     return [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "scaling")]
 

@@ -88,9 +88,25 @@ def sample(prompt_len: int, answer_len: int) -> Sample:
 
 
 @functools.cache
-def circuit(*, layers: int = 8, lookup: int = 3, answer: int = 6, sharpness: float = 1.0) -> tuple[Any, Any]:
+def circuit(
+    *,
+    layers: int = 8,
+    lookup: int = 3,
+    answer: int = 6,
+    sharpness: float = 1.0,
+    heads: int = 8,
+    distractor_heads: int = 0,
+) -> tuple[Any, Any]:
     """A circuit model and its tokenizer, fp32."""
-    spec = CircuitSpec(layers=layers, lookup_layer=lookup, answer_layer=answer, sharpness=sharpness, dtype="float32")
+    spec = CircuitSpec(
+        layers=layers,
+        lookup_layer=lookup,
+        answer_layer=answer,
+        sharpness=sharpness,
+        heads=heads,
+        distractor_heads=distractor_heads,
+        dtype="float32",
+    )
     with tempfile.TemporaryDirectory() as folder:
         make_demo_model(Path(folder), spec)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

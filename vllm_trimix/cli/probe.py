@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_trimix.hardware import cpu_name
+from vllm_trimix.cli import hf_model
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.probing import SCORES
 
@@ -39,10 +38,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--n-init", type=int, default=Triangle.n_init)
     add("--n-local", type=int, default=Triangle.n_local)
     add("--last-n", type=int, default=Triangle.last_n)
-    add("--device", default="auto", help="auto: CUDA where there is one")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: the checkpoint's")
-    add("--seed", type=int, default=0)
-    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    hf_model.add_flags(parser)
     parser.set_defaults(run=run, parser=parser)
 
 
@@ -54,17 +50,11 @@ def run(args: argparse.Namespace) -> int:
         OSError: A file that can't be read or written.
     """
     pattern = _pattern(args)
-    import torch
-    from transformers import AutoConfig, AutoTokenizer
-
     from vllm_trimix.probing import memory, probe, prompts, report
+    from vllm_trimix.probing.saved import Saved
 
-    device = torch.device(_device(args.device))
-    load = {"trust_remote_code": args.trust_remote_code}
-    config = AutoConfig.from_pretrained(args.model, **load)
-    dtype = getattr(torch, args.dtype) if args.dtype != "auto" else getattr(config, "dtype", None) or torch.float32
-    tokenizer = AutoTokenizer.from_pretrained(args.model, **load)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    source = hf_model.find(args)
+    limit, tokenizer = source.max_length, source.tokenizer
     if args.prompts is None and limit is not None and args.length > limit:
         raise ValueError(f"--length: {args.length} tokens: the model takes {limit}; take shorter prompts")
     if args.prompts is not None:
@@ -75,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{len(chosen)} prompts: two to score and two held out for the choice are the least; add some")
     prompts.check_lengths(chosen, pattern, max_length=limit)
     longest = max(len(prompt.sample.prompt) + len(prompt.sample.answer) for prompt in chosen)
-    needed = memory.check(config, length=longest, dtype=dtype, device=device)
+    needed = memory.needed_bytes(source.config, length=longest, dtype=source.dtype)
+    memory.check(needed, length=longest, dtype=source.dtype, device=source.device)
     settings = probe.Settings(
         model=args.model,
         pattern=pattern,
@@ -85,16 +76,16 @@ def run(args: argparse.Namespace) -> int:
         num_random=args.random_orders,
         seed=args.seed,
         prompts=hashlib.sha256(json.dumps([(p.text, p.answer) for p in chosen]).encode()).hexdigest()[:16],
-        dtype=str(dtype).removeprefix("torch."),
-        device=device.type,
+        dtype=source.dtype_name,
+        device=source.device.type,
     )
     args.output.mkdir(parents=True, exist_ok=True)
-    saved = probe.Saved(args.output / "progress.json", settings)
+    saved = Saved(args.output / "progress.json", settings, what="probe")
     kinds = list(prompts.describe(chosen))
-    print(f"vllm-trimix: {'; '.join(kinds)}; up to {needed / 2**30:.1f} GiB on {device}", file=sys.stderr)
-    with _Bars() as bars:
+    print(f"vllm-trimix: {'; '.join(kinds)}; up to {needed / 2**30:.1f} GiB on {source.device}", file=sys.stderr)
+    with hf_model.Bars() as bars:
         outcome = probe.run(
-            _load(args.model, dtype, device, load),
+            source.model(),
             settings,
             # By pairs, as generated prompts are of two kinds by turns.
             scored=[prompt.sample for index, prompt in enumerate(chosen) if index % 4 < 2],
@@ -102,7 +93,13 @@ def run(args: argparse.Namespace) -> int:
             saved=saved,
             progress=bars.update,
         )
-    preset = report.write(args.output, outcome, environment=_environment(device), prompts=kinds, command=_command(args))
+    preset = report.write(
+        args.output,
+        outcome,
+        environment=hf_model.environment(source.device),
+        prompts=kinds,
+        command=hf_model.command(args),
+    )
     return _say(outcome, preset, args.output)
 
 
@@ -143,72 +140,3 @@ def _pattern(args: argparse.Namespace) -> Triangle:
             f"got {args.length}"
         )
     return pattern
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device: {name}: this torch sees no CUDA device; use cpu")
-    try:
-        torch.empty(0, device=name)
-    except RuntimeError as error:
-        raise ValueError(f"--device: {name}: {str(error).splitlines()[0]}") from None
-    return name
-
-
-def _load(name: str, dtype: Any, device: Any, load: dict[str, Any]) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **load).to(device).eval()
-
-
-def _environment(device: Any) -> dict[str, str]:
-    import torch
-    import transformers
-
-    cpu = f"{cpu_name()}, {torch.get_num_threads()} threads"
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _command(args: argparse.Namespace) -> str:
-    """The call again: what differs from the defaults."""
-    words = ["vllm-trimix", "probe", args.model]
-    for name, value in vars(args).items():
-        if name not in ("command", "model", "run", "parser", "flags") and value != args.parser.get_default(name):
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return shlex.join(words)
-
-
-class _Bars:
-    """A progress bar a phase, on stderr."""
-
-    def __init__(self) -> None:
-        self._name = ""
-        self._bar: Any = None
-
-    def __enter__(self) -> _Bars:
-        return self
-
-    def __exit__(self, exception: object, *_: object) -> None:
-        if self._bar is not None:
-            # The last pass of a phase ends without a word.
-            if exception is None:
-                self._bar.update(self._bar.total - self._bar.n)
-            self._bar.close()
-
-    def update(self, name: str, done: int, total: int) -> None:
-        """The phase, and how much of it is done."""
-        from tqdm import tqdm
-
-        if name != self._name:
-            self.__exit__(None)
-            self._name, self._bar = name, tqdm(total=total, desc=name, unit="pass")
-        self._bar.update(done - self._bar.n)

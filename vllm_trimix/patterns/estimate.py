@@ -29,22 +29,21 @@ def column_and_slash_sums(
         Column sums [num_heads, num_keys], of key j, and slash sums [num_heads, num_keys], of distance i - j; fp32.
     """
     num_heads, num_last, _ = q_last.shape
-    num_keys = k.shape[1]
+    num_kv_heads, num_keys, _ = k.shape
     columns = torch.empty(num_heads, num_keys, device=k.device)
-    slashes = torch.zeros(num_heads, num_keys, device=k.device)
-    for start, probs in _probabilities(q_last, k, scale, max_scores):
-        stop = start + probs.shape[2]
-        columns[:, start:stop] = probs.sum(1)
-        # Shifted by its row's number, a row's keys of one distance stand in one column.
-        margin = num_last - 1
-        padded = F.pad(probs, (margin, margin)).contiguous()
-        width = padded.shape[2]
-        shifted = padded.as_strided((num_heads, num_last, width - margin), (num_last * width, width + 1, 1))
-        sums = shifted.sum(1).flip(1)
-        # The first column is the largest distance; negative ones are future keys.
-        low = num_keys - start - sums.shape[1]
-        slashes[:, max(low, 0) : num_keys - start] += sums[:, max(-low, 0) :]
-    return columns, slashes
+    # By key less row: the largest distance first, future keys last.
+    diagonals = torch.zeros(num_heads, num_keys + num_last - 1, device=k.device)
+    group = num_heads // num_kv_heads
+    at_once = max(1, max_scores // (group * num_last * num_keys))
+    for first in range(0, num_kv_heads, at_once):
+        heads = slice(first * group, (first + at_once) * group)
+        for start, probs in _probabilities(q_last[heads], k[first : first + at_once], scale, max_scores):
+            stop = start + probs.shape[2]
+            columns[heads, start:stop] = probs.sum(1)
+            for row in range(num_last):
+                shift = num_last - 1 - row
+                diagonals[heads, start + shift : stop + shift] += probs[:, row]
+    return columns, diagonals[:, :num_keys].flip(1)
 
 
 def _probabilities(

@@ -45,14 +45,10 @@ class TriangleModel:
     def __exit__(self, *_: object) -> None:
         self._settings.remove()
 
-    @torch.no_grad()
     def quality(self, sample: Sample, layers: Iterable[int]) -> Quality:
         """Teacher-forced quality of a sample's answer with these layers in triangle."""
         self._settings.layers, self._settings.prompt_len = frozenset(layers), len(sample.prompt)
-        logits = answer_logits(self._model, sample)
-        answer = torch.tensor(sample.answer, device=logits.device)
-        logprobs = torch.log_softmax(logits.double(), dim=-1).gather(1, answer[:, None])
-        return Quality(float(logprobs.sum()), bool((logits.argmax(-1) == answer).all()))
+        return answer_quality(self._model, sample)
 
     def sliding_layers(self, sample: Sample) -> frozenset[int]:
         """Layers with a sliding window of their own: they are never triangle layers. One short forward pass."""
@@ -67,6 +63,15 @@ class TriangleModel:
         self.quality(Sample(sample.prompt[:2], sample.answer[:1]), ())
         self._settings.attend = None
         return frozenset(found)
+
+
+@torch.no_grad()
+def answer_quality(model: Any, sample: Sample) -> Quality:
+    """Teacher-forced quality of a sample's answer, under the attention that the model has now."""
+    logits = answer_logits(model, sample)
+    answer = torch.tensor(sample.answer, device=logits.device)
+    logprobs = torch.log_softmax(logits.double(), dim=-1).gather(1, answer[:, None])
+    return Quality(float(logprobs.sum()), bool((logits.argmax(-1) == answer).all()))
 
 
 def rank(importance: Sequence[float], *, excluded: Iterable[int] = ()) -> list[int]:

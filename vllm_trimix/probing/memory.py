@@ -1,4 +1,4 @@
-"""How much memory a probe needs, before it starts."""
+"""How much memory a probe or a search needs, before it starts."""
 
 from __future__ import annotations
 
@@ -14,24 +14,38 @@ _HIDDEN_TENSORS = 12
 
 
 def needed_bytes(config: Any, *, length: int, dtype: torch.dtype) -> int:
-    """Estimate of a probe's peak: weights, one hidden state a layer, and one layer's work.
+    """Estimate of a probe's peak: a forward pass, one hidden state a layer, and the blocks of one layer's map.
 
     Args:
         config: The model's configuration, of transformers.
         length: Longest prompt with its answer, in tokens.
         dtype: Of weights and activations.
     """
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) * dtype.itemsize
     text = config.get_text_config()
     heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     hidden = length * text.hidden_size * dtype.itemsize
-    inner = length * getattr(text, "intermediate_size", 4 * text.hidden_size) * dtype.itemsize
     block = BLOCK_ROWS * (heads // kv_heads) * length * BLOCK_BYTES
-    layer = _HIDDEN_TENSORS * hidden + _INNER_TENSORS * inner + BLOCK_TENSORS * block
-    return int(weights + (text.num_hidden_layers + 1) * hidden + layer)
+    return int(
+        forward_bytes(config, length=length, dtype=dtype)
+        + (text.num_hidden_layers + 1) * hidden
+        + BLOCK_TENSORS * block
+    )
+
+
+def forward_bytes(config: Any, *, length: int, dtype: torch.dtype) -> int:
+    """Estimate of weights and one layer's activations."""
+    text = config.get_text_config()
+    hidden = length * text.hidden_size * dtype.itemsize
+    inner = length * getattr(text, "intermediate_size", 4 * text.hidden_size) * dtype.itemsize
+    return weight_bytes(config, dtype) + int(_HIDDEN_TENSORS * hidden + _INNER_TENSORS * inner)
+
+
+def weight_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Of a model of transformers."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) * dtype.itemsize
 
 
 def available_bytes(device: torch.device) -> int:
@@ -43,16 +57,25 @@ def available_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def check(config: Any, *, length: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Refuses a probe that would run out of memory; returns the estimate.
+def check(
+    needed: int, *, length: int, dtype: torch.dtype, device: torch.device, what: str = "probe", flag: str = "--length"
+) -> None:
+    """Refuses work that would run out of memory.
+
+    Args:
+        needed: Bytes.
+        length: Longest prompt, in tokens.
+        dtype: Of weights and activations.
+        device: Where it runs.
+        what: The work in a word.
+        flag: The setting that makes prompts shorter.
 
     Raises:
         ValueError: With what is needed, what there is, and what to do.
     """
-    needed, free = needed_bytes(config, length=length, dtype=dtype), available_bytes(device)
+    free = available_bytes(device)
     if needed > free:
         raise ValueError(
-            f"the probe needs about {needed / 2**30:.1f} GiB on {device} for {length} tokens in {dtype}, and "
-            f"{free / 2**30:.1f} GiB are free; take shorter prompts (--length), --dtype bfloat16, or another --device"
+            f"the {what} needs about {needed / 2**30:.1f} GiB on {device} for {length} tokens in {dtype}, and "
+            f"{free / 2**30:.1f} GiB are free; take shorter prompts ({flag}), --dtype bfloat16, or another --device"
         )
-    return needed

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.probing import choice
 from vllm_trimix.probing.gradient import SECTIONS, Objective, Sample, SectionScores, mean_scores, score_sample
+from vllm_trimix.probing.saved import Saved
 
 Method = Literal["gradient", "ablation", "both"]
 Progress = Callable[[str, int, int], None]
@@ -74,37 +73,6 @@ class Outcome:
     correct: dict[str, list[float]]
     logprobs: list[float]
     chosen: list[int]
-
-
-class Saved:
-    """Results of finished work, in a JSON file; keys name the work."""
-
-    def __init__(self, path: Path, settings: Settings) -> None:
-        """Reads what an earlier call left.
-
-        Raises:
-            ValueError: The file is of a probe with other settings.
-        """
-        self._path, self._settings = path, asdict(settings)
-        self._results: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            found = json.loads(path.read_text())
-            if found["settings"] != self._settings:
-                changed = [key for key, value in self._settings.items() if found["settings"].get(key) != value]
-                raise ValueError(
-                    f"--output: {path} is of a probe with another {', '.join(changed)}; choose another folder, or "
-                    "remove it"
-                )
-            self._results = found["results"]
-
-    def get(self, key: str, work: Callable[[], Any]) -> dict[str, Any]:
-        """The result of this work, a dataclass's fields; done now unless it was before."""
-        if key not in self._results:
-            self._results[key] = asdict(work())
-            part = self._path.with_suffix(".part")
-            part.write_text(json.dumps({"settings": self._settings, "results": self._results}))
-            part.replace(self._path)
-        return self._results[key]
 
 
 def run(

@@ -1,11 +1,11 @@
-"""Prompts for the probe: generated offline from a seed with the model's own tokenizer, or read from a file."""
+"""Prompts for the probe and the search: generated from a seed with the model's own tokenizer, or read from a file."""
 
 from __future__ import annotations
 
 import json
 import random
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,9 @@ class Prompt:
     """A prompt with its tokens.
 
     Attributes:
-        kind: ``kv_retrieval``, ``multi_needle`` or ``file``.
+        kind: ``kv_retrieval``, ``multi_needle``, ``file`` or ``text``.
         text: As the model reads it, template included.
-        answer: What it should say.
+        answer: What it should say; empty where a file doesn't tell and needn't.
         sample: The same as tokens.
     """
 
@@ -49,27 +49,40 @@ class Prompt:
     sample: Sample
 
 
-def generate(tokenizer: Any, *, length: int, count: int, seed: int) -> list[Prompt]:
-    """``count`` prompts of at most ``length`` tokens, KV retrieval and multi-needle by turns.
+def generate(
+    tokenizer: Any,
+    *,
+    length: int,
+    count: int,
+    seed: int,
+    kinds: Sequence[str] = ("kv_retrieval", "multi_needle"),
+    flag: str = "--length",
+) -> list[Prompt]:
+    """``count`` prompts of at most ``length`` tokens, of the kinds by turns.
 
     The asked-for pair or needle lies in the middle half of the text, so that its rows are neither sinks nor last rows.
 
     Raises:
-        ValueError: The length leaves no room.
+        ValueError: The length, which ``flag`` sets, leaves no room.
     """
-    makers: list[tuple[str, Callable[[random.Random, int], tuple[str, str]]]] = [
-        ("kv_retrieval", _kv_retrieval),
-        ("multi_needle", _multi_needle),
-    ]
+    makers: dict[str, Callable[[random.Random, int], tuple[str, str]]] = {
+        "kv_retrieval": _kv_retrieval,
+        "multi_needle": _multi_needle,
+    }
     return [
-        _fit(tokenizer, kind, make, random.Random(f"{seed} {index}"), length)
+        _fit(tokenizer, kind, makers[kind], random.Random(f"{seed} {index}"), length, flag)
         for index in range(count)
-        for kind, make in [makers[index % 2]]
+        for kind in [kinds[index % len(kinds)]]
     ]
 
 
-def read(path: Path, tokenizer: Any) -> list[Prompt]:
+def read(path: Path, tokenizer: Any, *, answers: bool = True) -> list[Prompt]:
     """Prompts from a file: a JSON object a line, ``{"prompt": TEXT or "messages": [...], "answer": TEXT}``.
+
+    Args:
+        path: The file.
+        tokenizer: The model's.
+        answers: Whether every line needs an answer.
 
     Raises:
         ValueError: A line that isn't such an object, with its number.
@@ -84,7 +97,9 @@ def read(path: Path, tokenizer: Any) -> list[Prompt]:
             entry = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{where}: not JSON: {error}") from None
-        if not isinstance(entry, dict) or not isinstance(entry.get("answer"), str) or not entry["answer"]:
+        if isinstance(entry, dict) and not answers:
+            entry.setdefault("answer", "")
+        if not isinstance(entry, dict) or not isinstance(entry.get("answer"), str) or (answers and not entry["answer"]):
             raise ValueError(f'{where}: expected {{"prompt": ..., "answer": ...}} with texts, got {line[:80]}')
         if isinstance(entry.get("prompt"), str):
             text = entry["prompt"]
@@ -96,6 +111,23 @@ def read(path: Path, tokenizer: Any) -> list[Prompt]:
     if not prompts:
         raise ValueError(f"--prompts: {path} holds no prompts")
     return prompts
+
+
+def read_text(path: Path, tokenizer: Any, *, lengths: Sequence[int], flag: str) -> list[Prompt]:
+    """A text file's first tokens, a prompt for each length, without answers.
+
+    Raises:
+        ValueError: The text is shorter than a length, which ``flag`` sets.
+        OSError: The file can't be read.
+    """
+    try:
+        text = path.read_text()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts: {path}: not a text: {error}") from None
+    tokens = tuple(tokenizer(text).input_ids)
+    if len(tokens) < max(lengths):
+        raise ValueError(f"{flag}: {max(lengths)} tokens: {path} has {len(tokens)}; take shorter ones or a longer text")
+    return [Prompt("text", text, "", Sample(tokens[:length], ())) for length in lengths]
 
 
 def check_lengths(prompts: list[Prompt], pattern: Triangle, *, max_length: int | None) -> None:
@@ -111,6 +143,17 @@ def check_lengths(prompts: list[Prompt], pattern: Triangle, *, max_length: int |
                 f"prompt {index} has {length} tokens: the triangle hides nothing up to {pattern.dense_len} "
                 f"(n_init {pattern.n_init} + n_local {pattern.n_local} + last_n {pattern.last_n}); take longer prompts"
             )
+    check_max_length(prompts, max_length)
+
+
+def check_max_length(prompts: list[Prompt], max_length: int | None) -> None:
+    """Refuses prompts that the model can't take.
+
+    Raises:
+        ValueError: Naming the prompt, its length and the limit.
+    """
+    for index, prompt in enumerate(prompts, start=1):
+        length = len(prompt.sample.prompt)
         if max_length is not None and length + len(prompt.sample.answer) > max_length:
             raise ValueError(f"prompt {index} has {length} tokens: the model takes {max_length}; take shorter prompts")
 
@@ -121,6 +164,7 @@ def _fit(
     make: Callable[[random.Random, int], tuple[str, str]],
     rng: random.Random,
     length: int,
+    flag: str,
 ) -> Prompt:
     """The largest text of its kind within the length; its seed's content grows with its size."""
     state = rng.getstate()
@@ -133,7 +177,7 @@ def _fit(
     low = _NUM_NEEDLES
     shortest, longer = (len(at(size).sample.prompt) for size in (low, 4 * low))
     if shortest > length:
-        raise ValueError(f"--length: {length} tokens leave no room for a {kind} prompt; the shortest has {shortest}")
+        raise ValueError(f"{flag}: {length} tokens leave no room for a {kind} prompt; the shortest has {shortest}")
     # Texts grow nearly evenly with their size: begin close to the answer, and bracket it.
     guess = low + (length - shortest) * 3 * low // (longer - shortest)
     step = max(1, guess // 64)

@@ -1,0 +1,133 @@
+"""What commands that run a Hugging Face model share: its flags, loading it, its surroundings, progress bars."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shlex
+from typing import Any, NamedTuple
+
+from vllm_trimix.hardware import cpu_name
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say how the model is run."""
+    add = parser.add_argument
+    add("--device", default="auto", help="auto: CUDA where there is one")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: the checkpoint's")
+    add("--seed", type=int, default=0)
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+class Source(NamedTuple):
+    """A model that is not loaded yet.
+
+    Attributes:
+        name: HF id or path.
+        config: Of transformers.
+        tokenizer: Of transformers.
+        dtype: Of weights and activations.
+        device: Where it will run.
+        max_length: Tokens that it takes, or None.
+    """
+
+    name: str
+    config: Any
+    tokenizer: Any
+    dtype: Any
+    device: Any
+    max_length: int | None
+    load: dict[str, Any]
+
+    def model(self) -> Any:
+        """Loads it, in evaluation mode."""
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.name, dtype=self.dtype, **self.load).to(self.device).eval()
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+def find(args: argparse.Namespace) -> Source:
+    """The model that a command's arguments name.
+
+    Raises:
+        ValueError: No such device.
+        OSError: No such model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoTokenizer
+
+    device = torch.device(_device(args.device))
+    load = {"trust_remote_code": args.trust_remote_code}
+    config = AutoConfig.from_pretrained(args.model, **load)
+    dtype = getattr(torch, args.dtype) if args.dtype != "auto" else getattr(config, "dtype", None) or torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(args.model, **load)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return Source(args.model, config, tokenizer, dtype, device, limit, load)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device: {name}: this torch sees no CUDA device; use cpu")
+    try:
+        torch.empty(0, device=name)
+    except RuntimeError as error:
+        raise ValueError(f"--device: {name}: {str(error).splitlines()[0]}") from None
+    return name
+
+
+def environment(device: Any) -> dict[str, str]:
+    """Device and versions, for a report."""
+    import torch
+    import transformers
+
+    cpu = f"{cpu_name()}, {torch.get_num_threads()} threads"
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def command(args: argparse.Namespace) -> str:
+    """The call again: what differs from the defaults."""
+    words = ["vllm-trimix", args.command, args.model]
+    for name, value in vars(args).items():
+        if name not in ("command", "model", "run", "parser", "flags") and value != args.parser.get_default(name):
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return shlex.join(words)
+
+
+class Bars:
+    """A progress bar a phase, on stderr."""
+
+    def __init__(self) -> None:
+        self._name = ""
+        self._bar: Any = None
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, exception: object, *_: object) -> None:
+        if self._bar is not None:
+            # The last pass of a phase ends without a word.
+            if exception is None:
+                self._bar.update(self._bar.total - self._bar.n)
+            self._bar.close()
+
+    def update(self, name: str, done: int, total: int) -> None:
+        """The phase, and how much of it is done."""
+        from tqdm import tqdm
+
+        if name != self._name:
+            self.__exit__(None)
+            self._name, self._bar = name, tqdm(total=total, desc=name, unit="pass")
+        self._bar.update(done - self._bar.n)

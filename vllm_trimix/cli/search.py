@@ -1,0 +1,283 @@
+"""``vllm-trimix search``: finds a pattern for each head of a model, with the evidence."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from vllm_trimix.cli import hf_model
+from vllm_trimix.layers import format_layers, parse_layers
+from vllm_trimix.patterns.triangle import Triangle
+from vllm_trimix.searching import ADAPTIVE, HEAD_BUDGET, SCORES, TOLERANCE
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command's arguments."""
+    parser = subparsers.add_parser(
+        "search",
+        help="find a sparse pattern for each head, and write them as a head file with the evidence",
+        description="Measures, with Hugging Face transformers, what each candidate pattern would cost each head (keys "
+        "that the kernels would really load) and lose it (error of the attention output), and gives each head the best "
+        "one within a budget. Writes heads.json, search.json, report.md and plots. Stopped, it goes on where it was.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="HF id or path of a causal language model")
+    add("--output", type=Path, default=Path("trimix-search"), metavar="DIR", help="folder for the results")
+    add(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help='JSON lines {"prompt": ..., "answer": ...} (.jsonl), or a text, instead of generated KV retrieval',
+    )
+    add(
+        "--lengths",
+        default="8192",
+        metavar="N,...",
+        help="lengths of generated prompts or of parts of a text, in tokens",
+    )
+    add("--samples", type=int, default=2, metavar="K", help="generated prompts of each length")
+    add("--layers", metavar="LAYERS", help="layers to search, e.g. 0-15; unset: those that no preset makes triangle")
+    add("--candidates", type=Path, metavar="FILE", help="JSON list of patterns instead of the published candidates")
+    add("--also", default="", metavar="NAME,...", help=f"adaptive candidates to add: {', '.join(ADAPTIVE)}")
+    add("--score", choices=SCORES, default="output-error", help="what ranks candidates; recall: attention kept")
+    add(
+        "--budget",
+        type=float,
+        metavar="F",
+        help="share of dense attention's keys that a layer's heads may read together",
+    )
+    add(
+        "--head-budget",
+        type=float,
+        default=HEAD_BUDGET,
+        metavar="F",
+        help="the same of each head, where --budget is unset",
+    )
+    add("--tolerance", type=float, default=TOLERANCE, help="what a layer may lose for cheaper candidates")
+    add("--last-n", type=int, default=Triangle.last_n, help="last rows of a prompt, which stay dense")
+    add("--chunk", type=int, metavar="N", help="prefill in chunks of as many tokens, as a server does; unset: at once")
+    hf_model.add_flags(parser)
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Searches. Returns 1 if the choice spoils answers that dense attention gives.
+
+    Raises:
+        ValueError: Something the user got wrong, or too little memory.
+        OSError: A file that can't be read or written.
+    """
+    lengths, also = _check(args)
+    from vllm_trimix.patterns.registry import describe
+    from vllm_trimix.probing import memory, prompts
+    from vllm_trimix.searching import candidates, measure, report, search
+    from vllm_trimix.searching.choice import Budget
+
+    if args.candidates is not None:
+        given = candidates.read(args.candidates)
+    source = hf_model.find(args)
+    num_layers = source.config.get_text_config().num_hidden_layers
+    triangle = _triangle_layers(source, num_layers)
+    layers = _layers(args.layers, triangle, num_layers)
+    chosen = _prompts(args, source, lengths)
+    longest = max(len(prompt.sample.prompt) + len(prompt.sample.answer) for prompt in chosen)
+    if args.candidates is None:
+        given = candidates.published(longest, also=also)
+    needed = measure.needed_bytes(source.config, length=longest, dtype=source.dtype, candidates=given)
+    memory.check(
+        needed, length=longest, dtype=source.dtype, device=source.device, what="search", flag="--lengths or --prompts"
+    )
+    model = source.model()
+    layers = _without_windows(model, layers, chosen[0].sample, named=args.layers is not None)
+    settings = search.Settings(
+        model=args.model,
+        candidates=tuple(describe(pattern) for pattern in given),
+        layers=layers,
+        last_n=args.last_n,
+        chunk=args.chunk,
+        prompts=hashlib.sha256(json.dumps([(p.text, p.sample.prompt, p.answer) for p in chosen]).encode()).hexdigest()[
+            :16
+        ],
+        dtype=source.dtype_name,
+        device=source.device.type,
+    )
+    state = args.output / "progress"
+    state.mkdir(parents=True, exist_ok=True)
+    kinds = list(prompts.describe(chosen))
+    print(f"vllm-trimix: {'; '.join(kinds)}; up to {needed / 2**30:.1f} GiB on {source.device}", file=sys.stderr)
+    with hf_model.Bars() as bars:
+        outcome = search.run(
+            model,
+            settings,
+            candidates=given,
+            samples=[prompt.sample for prompt in chosen],
+            score=args.score,
+            budget=Budget(args.head_budget, "head") if args.budget is None else Budget(args.budget, "layer"),
+            tolerance=args.tolerance,
+            folder=state,
+            progress=bars.update,
+        )
+    found = report.Source(hf_model.environment(source.device), kinds, hf_model.command(args))
+    heads = report.write(args.output, outcome, found)
+    return _say(outcome, heads, args.output, triangle)
+
+
+def _say(outcome: Any, heads: Path, folder: Path, triangle: tuple[int, ...] | None) -> int:
+    from vllm_trimix.searching import report
+
+    searched = tuple(outcome.layers)
+    print(f"layers {format_layers(searched)} read {outcome.density:.1%} of dense attention's keys")
+    print(report.answers_line(outcome))
+    poor = report.poor_heads(outcome)
+    if poor:
+        worst = ", ".join(f"layer {head.layer} head {head.head} ({head.loss:.2f})" for head in poor[:3])
+        print(
+            f"{len(poor)} heads lose more than {report.POOR:.0%} with the best candidate that they can afford: {worst}"
+            f"{', ...' if len(poor) > 3 else ''}. --budget F shares the keys of a layer: such heads may take more."
+        )
+    print(f"report: {folder / 'report.md'}")
+    if sum(item.correct for item in outcome.sparse) < sum(item.correct for item in outcome.dense):
+        print("The choice spoils answers that dense attention gives: raise the budget before you serve it.")
+        return 1
+    entry = json.dumps({"trimix": serve_entry(outcome, heads, triangle)})
+    print(
+        f"serve: vllm serve {shlex.quote(outcome.settings.model)} --attention-backend TRIMIX "
+        f"--additional-config {shlex.quote(entry)}"
+    )
+    return 0
+
+
+def serve_entry(outcome: Any, heads: Path, triangle: tuple[int, ...] | None) -> dict[str, Any]:
+    """The ``trimix`` entry that serves a head file.
+
+    Args:
+        outcome: What was found.
+        heads: The head file.
+        triangle: Triangle layers of the model's preset; None: it has none, and the entry must name some.
+    """
+    searched, rest = set(outcome.layers), set(triangle or ())
+    if searched <= rest:
+        # The user searched triangle layers: they are no longer triangle layers.
+        rest -= searched
+    entry: dict[str, Any] = {}
+    if triangle is None or rest != set(triangle):
+        entry["layers"] = format_layers(rest) if rest else ""
+    shallow: dict[str, Any] = {"heads": str(heads)}
+    if searched - rest != set(range(outcome.num_layers)) - rest:
+        shallow["layers"] = format_layers(searched - rest)
+    if outcome.settings.last_n != Triangle.last_n:
+        shallow["last_n"] = outcome.settings.last_n
+    return {**entry, "shallow": shallow}
+
+
+def _check(args: argparse.Namespace) -> tuple[list[int], tuple[str, ...]]:
+    """Lengths, and names of adaptive candidates."""
+    for flag, value, least in (
+        ("--samples", args.samples, 1),
+        ("--last-n", args.last_n, 0),
+        ("--chunk", args.chunk, 1),
+        ("--tolerance", args.tolerance, 0),
+    ):
+        if value is not None and not value >= least:
+            raise ValueError(f"{flag}: {value} is too small; the least is {least}")
+    for flag, share in (("--budget", args.budget), ("--head-budget", args.head_budget)):
+        if share is not None and not 0 < share <= 1:
+            raise ValueError(f"{flag}: {share} is no share of dense attention's keys; choose more than 0, 1 at most")
+    lengths = []
+    for word in args.lengths.split(","):
+        if not word.strip().isdecimal() or int(word) <= args.last_n:
+            raise ValueError(
+                f"--lengths: {word.strip()!r} is no length of more than {args.last_n} tokens, the last rows that stay "
+                "dense (--last-n); write e.g. 4096,8192"
+            )
+        lengths.append(int(word))
+    also = tuple(word.strip() for word in args.also.split(",") if word.strip())
+    for name in also:
+        if name not in ADAPTIVE:
+            raise ValueError(f"--also: {name!r} is not an adaptive pattern (valid: {', '.join(ADAPTIVE)})")
+    if also and args.candidates is not None:
+        raise ValueError("--also adds to the published candidates; name the patterns in the --candidates file instead")
+    return lengths, also
+
+
+def _prompts(args: argparse.Namespace, source: hf_model.Source, lengths: list[int]) -> Any:
+    """Prompts, with the model's limit checked."""
+    from vllm_trimix.probing import prompts
+
+    tokenizer, limit = source.tokenizer, source.max_length
+    lines = args.prompts is not None and args.prompts.suffix in (".jsonl", ".json")
+    if not lines and limit is not None and max(lengths) > limit:
+        raise ValueError(f"--lengths: {max(lengths)} tokens: the model takes {limit}; take shorter prompts")
+    if args.prompts is None:
+        chosen = []
+        for length in lengths:
+            chosen += prompts.generate(
+                tokenizer,
+                length=length,
+                count=args.samples,
+                seed=args.seed,
+                kinds=("kv_retrieval",),
+                flag="--lengths",
+            )
+    elif lines:
+        chosen = prompts.read(args.prompts, tokenizer, answers=False)
+    else:
+        chosen = prompts.read_text(args.prompts, tokenizer, lengths=lengths, flag="--lengths")
+    prompts.check_max_length(chosen, limit)
+    for index, prompt in enumerate(chosen, start=1):
+        if len(prompt.sample.prompt) <= args.last_n:
+            raise ValueError(
+                f"prompt {index} has {len(prompt.sample.prompt)} tokens: all its rows are among the last "
+                f"{args.last_n}, which stay dense (--last-n); take longer prompts"
+            )
+    return chosen
+
+
+def _triangle_layers(source: hf_model.Source, num_layers: int) -> tuple[int, ...] | None:
+    """Triangle layers of the preset that serving would take; None: there is none."""
+    from vllm_trimix.config import resolve
+    from vllm_trimix.presets import find_preset
+
+    entry = getattr(source.config, "trimix", None)
+    if entry is None and find_preset(source.name) is None:
+        return None
+    return resolve(None, model=source.name, num_layers=num_layers, model_entry=entry).layers
+
+
+def _layers(spec: str | None, triangle: Collection[int] | None, num_layers: int) -> tuple[int, ...]:
+    if spec is None:
+        layers = tuple(layer for layer in range(num_layers) if layer not in (triangle or ()))
+        if not layers:
+            raise ValueError(
+                f"all {num_layers} layers are triangle layers by the model's preset; name some by --layers"
+            )
+        return layers
+    layers = parse_layers(spec, num_layers=num_layers, where="--layers")
+    if not layers:
+        raise ValueError(f"--layers: {spec!r} names no layer; write e.g. 0-15")
+    return layers
+
+
+def _without_windows(model: Any, layers: tuple[int, ...], sample: Any, *, named: bool) -> tuple[int, ...]:
+    """Layers with a sliding window of their own stay as they are, as in vLLM."""
+    from vllm_trimix.probing.choice import TriangleModel
+    from vllm_trimix.probing.gradient import Sample
+
+    with TriangleModel(model, Triangle()) as triangle:
+        sliding = triangle.sliding_layers(Sample(sample.prompt[:2], sample.prompt[:1]))
+    if named and sliding & set(layers):
+        raise ValueError(
+            f"--layers: {format_layers(sliding & set(layers))} have a sliding window of their own and stay as they "
+            "are; leave them out"
+        )
+    left = tuple(layer for layer in layers if layer not in sliding)
+    if not left:
+        raise ValueError("no layer is left to search: all have a sliding window of their own")
+    return left
