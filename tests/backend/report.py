@@ -74,14 +74,23 @@ def wrong_counts(result: dict[str, Any]) -> list[str]:
         **result["expected"],
         "steps": result["steps"],
         "triangle_layer_rows": 2 * result["expected"].get("triangle", 0),
-        "dynamic_layer_rows": 0,
+        "dynamic_layer_rows": result["expected"].get("dynamic_layer_rows", 0),
         "tracked_requests": len(result["told"]),
     }
     return [
         f"{name}: {result['counted'].get(name)}, expected {expected.get(name)}"
-        for name in sorted({*result["counted"], *expected})
+        for name in sorted({*result["counted"], *expected} - {"keys_read", "keys_causal"})
         if result["counted"].get(name) != expected.get(name)
     ]
+
+
+def wrong_density(result: dict[str, Any]) -> list[str]:
+    """Whether the keys counted are fewer than dense, where dynamic patterns computed rows, and none elsewhere."""
+    read, causal = result["counted"]["keys_read"], result["counted"]["keys_causal"]
+    rows = result["counted"]["dynamic_layer_rows"]
+    return (
+        [] if (0 < read <= causal if rows else read == causal == 0) else [f"{rows} rows read {read} of {causal} keys"]
+    )
 
 
 def wrong_tracking(result: dict[str, Any]) -> list[str]:
@@ -104,4 +113,10 @@ def problems(result: dict[str, Any]) -> list[str]:
     """Everything wrong with a scenario."""
     if crash(result):
         return [crash(result)]
-    return [*wrong_rows(result), *wrong_counts(result), *wrong_tracking(result), *wrong_notes(result)]
+    return [
+        *wrong_rows(result),
+        *wrong_counts(result),
+        *wrong_density(result),
+        *wrong_tracking(result),
+        *wrong_notes(result),
+    ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.backend.report import DENSE, crash, wrong_counts, wrong_notes, wrong_rows
+from tests.backend.report import DENSE, crash, wrong_counts, wrong_density, wrong_notes, wrong_rows
 
 SCENARIOS = (
     "random-LBHNC-gqa1",
@@ -41,6 +41,15 @@ def test_every_row_is_counted_in_its_class(result: dict[str, Any]) -> None:
 
 def test_scenario_was_what_it_says(result: dict[str, Any]) -> None:
     assert wrong_notes(result) == []
+
+
+def test_dynamic_rows_are_among_them(report: dict[str, Any]) -> None:
+    """In batches of every kind, by dense backend: rows of patterns, and their keys counted on the way."""
+    for dense in DENSE:
+        found = [result for name, result in report["scenarios"].items() if name.startswith(f"{dense}-")]
+        assert sum(result["rows"].get("dynamic", 0) for result in found) > 500
+        assert [problem for result in found for problem in wrong_density(result)] == []
+        assert any(result["counted"]["keys_read"] < 0.8 * result["counted"]["keys_causal"] for result in found)
 
 
 @pytest.mark.parametrize("dense", DENSE)

@@ -20,10 +20,15 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+from vllm_trimix.patterns.a_shape import AShape
+from vllm_trimix.patterns.base import DynamicPattern
+from vllm_trimix.patterns.registry import describe
 from vllm_trimix.patterns.triangle import Triangle
+from vllm_trimix.patterns.vertical_slash import VerticalSlash
 
 PATTERN = Triangle(n_init=4, n_local=16, last_n=8)
 TRIANGLE_LAYERS = (1, 3)
+DYNAMIC_LAYERS = (0, 2)
 NUM_LAYERS, HEAD_SIZE, BLOCK_SIZE, NUM_BLOCKS = 4, 32, 16, 64
 MAX_LEN, MAX_NUM_REQS, MAX_REQUESTS = 256, 8, 24
 DEVICE = torch.device("cpu")
@@ -47,8 +52,11 @@ def make_config(path: Path, *, num_heads: int, num_kv_heads: int, num_speculativ
         "torch_dtype": "float32",
     }
     (path / "config.json").write_text(json.dumps(model))
+    heads = [[describe(pattern) for pattern in dynamic_heads(layer, num_heads)] for layer in range(NUM_LAYERS)]
+    (path / "heads.json").write_text(json.dumps({"format": "vllm-trimix-heads/1", "layers": heads}))
     trimix = {"layers": list(TRIANGLE_LAYERS), "min_prompt_len": 0, "stats_log_interval": 0.0}
     trimix.update(n_init=PATTERN.n_init, n_local=PATTERN.n_local, last_n=PATTERN.last_n)
+    trimix["shallow"] = {"heads": str(path / "heads.json"), "min_seq_len": 0}
     drafts = {"method": "ngram", "num_speculative_tokens": num_speculative_tokens, "prompt_lookup_max": 2}
     return EngineArgs(
         model=str(path),
@@ -62,6 +70,14 @@ def make_config(path: Path, *, num_heads: int, num_kv_heads: int, num_speculativ
         block_size=BLOCK_SIZE,
         speculative_config=drafts if num_speculative_tokens else None,
     ).create_engine_config()
+
+
+def dynamic_heads(layer: int, num_heads: int) -> tuple[DynamicPattern, ...]:
+    """Patterns of a layer's heads: all of one kind in layer 0, two kinds in each KV head's group elsewhere."""
+    slash = VerticalSlash(vertical_size=30, slash_size=50)
+    if layer == 0:
+        return (slash,) * num_heads
+    return tuple(AShape(n_init=2, n_local=30) if head % 2 else slash for head in range(num_heads))
 
 
 def dense_backend(name: str) -> Any:
@@ -181,7 +197,7 @@ def _replay_without_graphs(runner: Any) -> None:
         batch, metadata = state["batch"], state["metadata"]
         if not runner.replays_plans:
             for layer_metadata in metadata.values():
-                layer_metadata.trimix = None
+                layer_metadata.trimix = layer_metadata.trimix_dynamic = None
         slots = next(iter(metadata.values())).slot_mapping
         with set_forward_context(
             metadata, runner.vllm_config, slot_mapping={layer.layer_name: slots for layer in runner.model.layers}

@@ -7,8 +7,20 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tests.backend.v2_runner import MAX_LEN, NUM_LAYERS, PATTERN, TRIANGLE_LAYERS, Model
+from tests.backend.v2_runner import (
+    DYNAMIC_LAYERS,
+    HEAD_SIZE,
+    MAX_LEN,
+    NUM_LAYERS,
+    PATTERN,
+    TRIANGLE_LAYERS,
+    Model,
+    dynamic_heads,
+)
 from vllm_trimix.kernels.reference import masked_attention
+from vllm_trimix.patterns.selection import Chunk
+
+TILE_ROWS = 64
 
 
 @dataclass
@@ -69,6 +81,7 @@ class Outcome:
         mask: torch.Tensor,
         sparse: torch.Tensor,
         *,
+        rule: str,
         causal: torch.Tensor,
         scale: float,
     ) -> None:
@@ -79,19 +92,20 @@ class Outcome:
             q: Queries, like ``output``.
             k: Keys of the request, [num_keys, num_kv_heads, head_size].
             v: Values, like ``k``.
-            mask: Visible keys of each row, [num_rows, num_keys].
-            sparse: Rows under the triangle's rule, [num_rows].
+            mask: Visible keys of each row, [num_rows, num_keys], or by head [num_heads, num_rows, num_keys].
+            sparse: Rows under a sparse rule, [num_rows].
+            rule: Its name.
             causal: The dense mask, like ``mask``.
             scale: Softmax scale.
         """
         wide = q.double(), k.double(), v.double()
-        truth = masked_attention(*wide, mask, scale=scale)
+        truth = _by_head(*wide, mask, scale)
         errors = (output.double() - truth).abs().amax(dim=(1, 2))
-        plain = (masked_attention(q, k, v, mask, scale=scale).double() - truth).abs().amax(dim=(1, 2))
+        plain = (_by_head(q, k, v, mask, scale).double() - truth).abs().amax(dim=(1, 2))
         self.largest = max(self.largest, float(truth.abs().max()))
         if sparse.any():
             self.gap = max(self.gap, float((masked_attention(*wide, causal, scale=scale) - truth).abs().max()))
-        for kind, rows in (("triangle", sparse), ("dense", ~sparse)):
+        for kind, rows in ((rule, sparse), ("dense", ~sparse)):
             if not rows.any():
                 continue
             # Not max(): a NaN must stay.
@@ -99,6 +113,52 @@ class Outcome:
             self.error[kind] = float(torch.cat([so_far, errors[rows]]).max())
             self.budget[kind] = max(self.budget[kind], float(plain[rows].max()))
             self.rows[kind] += int(rows.sum())
+
+
+def _by_head(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """``masked_attention`` with a mask for all heads or one for each."""
+    if mask.dim() == 2:
+        return masked_attention(q, k, v, mask, scale=scale)
+    group = q.shape[1] // k.shape[1]
+    heads = [
+        masked_attention(
+            q[:, head, None], k[:, head // group, None], v[:, head // group, None], mask[head], scale=scale
+        )
+        for head in range(q.shape[1])
+    ]
+    return torch.cat(heads, 1)
+
+
+def dynamic_rows(request: Request, positions: torch.Tensor, *, replays: bool) -> torch.Tensor:
+    """A request's rows of a step that dynamic patterns compute: those before the last ones, if they fill a tile."""
+    body = (positions < request.prompt_len - PATTERN.last_n) & (request.reason is None) & (not replays)
+    return body & (body.sum() >= TILE_ROWS)
+
+
+def dynamic_mask(
+    layer: int, request: Request, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, body: torch.Tensor
+) -> torch.Tensor:
+    """Visible keys by head, [num_heads, num_rows, num_keys]: the rows of ``body`` by the layer's patterns.
+
+    Args:
+        layer: Layer.
+        request: Request.
+        q: Its rows of the step, [num_rows, num_heads, head_size].
+        k: Its keys, [num_keys, num_kv_heads, head_size].
+        positions: Of the rows, ascending.
+        body: Rows of the patterns, [num_rows].
+    """
+    mask = (torch.arange(len(k)) <= positions[:, None]).repeat(q.shape[1], 1, 1)
+    if not body.any():
+        return mask
+    num_keys = min(request.prompt_len, int(positions.max()) + 1)
+    group = q.shape[1] // k.shape[1]
+    for head, pattern in enumerate(dynamic_heads(layer, q.shape[1])):
+        rows = q[None, :, head]
+        last = rows[:, positions < num_keys][:, -max(1, pattern.last_rows) :]
+        chunk = Chunk(rows[:, body], last, k[None, :num_keys, head // group], int(positions[body][0]), HEAD_SIZE**-0.5)
+        mask[head, body] = pattern.select([pattern], chunk).mask(len(k))[0]
+    return mask
 
 
 def row_class(request: Request, position: int, *, replays: bool) -> str:
@@ -138,9 +198,14 @@ def compare(model: Model, alive: dict[int, Request], outcome: Outcome, *, replay
         keys = torch.arange(int(positions.max()) + 1)
         causal = keys <= positions[:, None]
         masked = torch.where(sparse[:, None], PATTERN.mask(positions, keys, request.prompt_len), causal)
+        body = dynamic_rows(request, positions, replays=replays)
+        counts["dynamic_layer_rows"] += len(DYNAMIC_LAYERS) * int(body.sum())
         for layer in range(NUM_LAYERS):
             q = model.q[layer][tokens[rows]]
             k, v = (table[layer][keys + number * MAX_LEN] for table in (model.k, model.v))
-            mask, ours = (masked, sparse) if layer in TRIANGLE_LAYERS else (causal, torch.zeros_like(sparse))
-            outcome.add(model.outputs[layer][rows], q, k, v, mask, ours, causal=causal, scale=model.scale)
+            if layer in TRIANGLE_LAYERS:
+                mask, ours, rule = masked, sparse, "triangle"
+            else:
+                mask, ours, rule = dynamic_mask(layer, request, q, k, positions, body), body, "dynamic"
+            outcome.add(model.outputs[layer][rows], q, k, v, mask, ours, rule=rule, causal=causal, scale=model.scale)
     return counts

@@ -14,7 +14,8 @@ from vllm_trimix.patterns.flexprefill import DENSE_KEYS, MAX_COLUMNS, FlexPrefil
 from vllm_trimix.patterns.registry import PATTERNS
 from vllm_trimix.patterns.vertical_slash import FORCED_COLUMNS, FORCED_SLASHES, VerticalSlash
 
-PAGE = (Path(__file__).parents[2] / "docs/patterns.md").read_text()
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/patterns.md").read_text()
 
 
 def test_the_table_is_the_registry() -> None:
@@ -59,3 +60,14 @@ def test_commands_are_real() -> None:
         program, *arguments = shlex.split(line, comments=True)
         assert program == "vllm-trimix"
         parser.parse_args(arguments)
+
+
+def test_the_recipe_names_every_place() -> None:
+    """CONTRIBUTING.md's list of files is where each pattern that users can name really stands."""
+    recipe = (ROOT / "CONTRIBUTING.md").read_text().split("## To add a dynamic pattern", 1)[1].split("\n## ", 1)[0]
+    paths = re.findall(r"`([\w./]+\.(?:py|md))`", recipe)
+    assert "vllm_trimix/patterns/NAME.py" in paths
+    for name in PATTERNS.keys() - {"dense"}:
+        for path in paths:
+            if path != "base.py":
+                assert name in (ROOT / path.replace("NAME", name)).read_text(), path
