@@ -74,7 +74,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("tiny") / "4-2", num_heads=4, num_kv_heads=2)
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("vertical_slash", "flexprefill") else pytest.param(name, marks=pytest.mark.slow)
+        for name in PATTERNS
+    ],
+)
 def test_chunks_and_mixed_batches(name: str, tiny: Path, tmp_path: Path) -> None:
     trimix = shallow(PATTERNS[name])
     wave = requests(["on", "triangle", "off"])
@@ -115,7 +121,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("tp2", "page96-whole") else pytest.param(name, marks=pytest.mark.slow) for name in SCENARIOS],
+)
 def test_patterns_by_head(name: str, tiny: Path, head_file: str, tmp_path: Path) -> None:
     trimix = shallow({"heads": head_file})
     wave = requests(["on", "off"])
@@ -178,6 +187,7 @@ def test_requests_of_other_choices_share_no_blocks(tiny: Path, tmp_path: Path) -
     assert "allowed values: 'on' (default), 'triangle' (shallow layers dense), 'off' (all dense)" in result.refusals[0]
 
 
+@pytest.mark.slow
 def test_whole_budget_is_dense(tiny: Path, tmp_path: Path) -> None:
     """Everything within the budget: the answers of the triangle alone, to rounding."""
     wave = requests(["on", "triangle"])

@@ -70,7 +70,13 @@ def right_answers(tmp_path: Path, model: Path, trimix: dict[str, Any], samples: 
     return [said["tokens"] == list(sample.answer) for sample, (said,) in zip(samples, result.waves, strict=True)]
 
 
-@pytest.mark.parametrize("pattern", [VERTICAL_SLASH, FLEXPREFILL], ids=lambda pattern: pattern["pattern"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        pytest.param(VERTICAL_SLASH, id="vertical_slash"),
+        pytest.param(FLEXPREFILL, id="flexprefill", marks=pytest.mark.slow),
+    ],
+)
 def test_shallow_layers_with_the_lookup_among_them(
     pattern: dict[str, Any], circuit: tuple[Path, Any], tmp_path: Path
 ) -> None:

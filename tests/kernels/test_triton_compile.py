@@ -9,8 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from tests.wheels import fetch
 pytest.importorskip("triton", reason="the kernel needs Triton (Linux)")
 
 ROOT = Path(__file__).parents[2]
-VERSIONS = ("3.7.1", "3.6.0")
-LATER = "3.8.0"
+INSTALLED = "3.7.1"
+OTHERS = ("3.6.0", "3.8.0")
 # Shared memory a thread block may use, in KiB (CUDA programming guide, "compute capabilities").
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 WALKS_KEYS = ("prefill", "sparse-64", "sparse-128")
@@ -60,32 +59,29 @@ def _compile(arguments: list[str], folder: Path, *, triton: Path | None = None) 
 
 
 @pytest.fixture(scope="module")
-def defaults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Compiled]]:
-    """Gives the default variants compiled by one version of Triton; two versions compile at a time."""
+def defaults(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Compiled]:
+    """Gives the default variants compiled by one version of Triton."""
 
     def compile_defaults(version: str) -> Compiled | str:
         triton = None
-        if version != VERSIONS[0]:
+        if version != INSTALLED:
             triton = ROOT / "build" / f"triton-{version}"
             missing = fetch(f"triton=={version}", triton)
             if missing is not None:
                 return missing
         return _compile([], tmp_path_factory.mktemp(f"triton-{version}"), triton=triton)
 
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        results: dict[str, Future[Compiled | str]] = {
-            version: pool.submit(compile_defaults, version) for version in VERSIONS
-        }
+    results: dict[str, Compiled | str] = {}
 
-        def of(version: str) -> Compiled:
-            if version not in results:
-                results[version] = pool.submit(compile_defaults, version)
-            compiled = results[version].result()
-            if isinstance(compiled, str):
-                pytest.skip(compiled)
-            return compiled
+    def of(version: str) -> Compiled:
+        if version not in results:
+            results[version] = compile_defaults(version)
+        compiled = results[version]
+        if isinstance(compiled, str):
+            pytest.skip(compiled)
+        return compiled
 
-        yield of
+    return of
 
 
 def _assert_fits(report: dict[str, Any]) -> None:
@@ -94,7 +90,7 @@ def _assert_fits(report: dict[str, Any]) -> None:
     assert 0 <= report["shared_bytes"] <= SHARED_KIB[report["variant"]["capability"]] * 1024, report
 
 
-@pytest.mark.parametrize("version", [*VERSIONS, pytest.param(LATER, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("version", [INSTALLED, *(pytest.param(version, marks=pytest.mark.slow) for version in OTHERS)])
 class TestDataCentreGpus:
     def test_covers_the_table(self, defaults: Callable[[str], Compiled], version: str) -> None:
         text, reports = defaults(version)
@@ -137,12 +133,12 @@ class TestDataCentreGpus:
         ]
         assert len(loops) == 2
         assert 0 < 2 * max(loops) <= 1024
-        if version == VERSIONS[0]:
+        if version == INSTALLED:
             assert loops == [INSTRUCTIONS] * 2
 
 
 def test_the_documented_table_is_what_compiles(defaults: Callable[[str], Compiled]) -> None:
-    text, _ = defaults(VERSIONS[0])
+    text, _ = defaults(INSTALLED)
     assert text in (ROOT / "docs/kernels.md").read_text(), "docs/kernels.md: run triton_compile and paste its output"
 
 
@@ -162,6 +158,7 @@ def test_gqa_groups_and_page_sizes(capability: int, tmp_path: Path) -> None:
         assert report["loop_waits"] <= 2, report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [86, 89, 120])
 def test_sparse_prefill_on_gpus_with_little_shared_memory(capability: int, tmp_path: Path) -> None:
     kernels = ("sparse-64", "sparse-128", *ESTIMATES)
@@ -171,7 +168,9 @@ def test_sparse_prefill_on_gpus_with_little_shared_memory(capability: int, tmp_p
         _assert_fits(report)
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(
+    "capability", [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)]
+)
 def test_what_sparse_prefill_may_have_to_do(capability: int, tmp_path: Path) -> None:
     """Blocks alone, columns alone, capped logits; other pages; fp8 of the head sizes that the table leaves out."""
     fp8 = "fp8e5" if capability == 80 else "fp8e4nv"
