@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vllm_trimix.layers import parse_layers
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.presets import find_preset
-from vllm_trimix.shallow import Shallow, merged_shallow, resolve_shallow
+from vllm_trimix.shallow import DEFAULT_MIN_SEQ_LEN, Shallow, merged_shallow, resolve_shallow
 
 DenseBackend = Literal["FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "CPU_ATTN"]
 
@@ -147,7 +147,13 @@ def _explain(raw: dict[str, Any], item: dict[str, Any]) -> str:
 
 
 def resolve(
-    raw: object, *, model: str, num_layers: int, model_entry: object = None, num_heads: int | None = None
+    raw: object,
+    *,
+    model: str,
+    num_layers: int,
+    model_entry: object = None,
+    num_heads: int | None = None,
+    min_seq_len: int = DEFAULT_MIN_SEQ_LEN,
 ) -> Resolved:
     """Merges the user's entry with a preset into what runs.
 
@@ -162,6 +168,7 @@ def resolve(
         num_layers: Layers of the model.
         model_entry: The ``trimix`` entry of the model's config.json, or None.
         num_heads: Query heads of a layer, of all devices together; None where a head file can't be used.
+        min_seq_len: Default of ``shallow.min_seq_len`` on this machine.
 
     Raises:
         ValueError: Bad entry, unreadable preset, layers outside the model, or no way to know the layers.
@@ -217,6 +224,7 @@ def resolve(
             num_layers=num_layers,
             num_heads=num_heads,
             last_n=setting("last_n", Triangle.last_n),
+            min_seq_len=min_seq_len,
         ),
     )
 

@@ -18,8 +18,12 @@ from vllm_trimix.layers import format_layers, parse_layers
 if TYPE_CHECKING:
     from vllm_trimix.patterns.base import DynamicPattern
 
-# The largest break-even of the dynamic patterns measured by `vllm-trimix calibrate`, see docs/patterns.md.
-DEFAULT_MIN_SEQ_LEN = 16384
+# Where TriangleMix + MInference overtakes TriangleMix in the published table, on an A100: between 48K and 64K. On
+# CUDA nothing is measured here; `vllm-trimix calibrate` finds a machine's own.
+DEFAULT_MIN_SEQ_LEN = 65536
+# The shortest prompts measured with the compiled CPU kernel (benchmarks/results/2026-11-21-cpu-dynamic), where every
+# pattern gained; a test compares them.
+COMPILED_CPU_MIN_SEQ_LEN = 8192
 
 
 class ShallowConfig(BaseModel):
@@ -30,7 +34,7 @@ class ShallowConfig(BaseModel):
         heads: A head file instead: MInference's JSON, or what ``vllm-trimix search`` writes.
         layers: Layers that use it; unset: all outside the triangle set.
         last_n: The prompt's last rows, which stay dense; unset: as the triangle's.
-        min_seq_len: Chunks of a prompt that end at fewer tokens stay dense.
+        min_seq_len: Chunks of a prompt that end at fewer tokens stay dense; unset: by the machine.
     """
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
@@ -39,7 +43,7 @@ class ShallowConfig(BaseModel):
     heads: str | None = Field(default=None, min_length=1)
     layers: str | list[int | str] | None = None
     last_n: int | None = Field(default=None, ge=0)
-    min_seq_len: int = Field(default=DEFAULT_MIN_SEQ_LEN, ge=0)
+    min_seq_len: int | None = Field(default=None, ge=0)
 
 
 class Shallow(BaseModel):
@@ -105,7 +109,13 @@ def merged_shallow(own: Any, below: Any) -> Any:
 
 
 def resolve_shallow(
-    raw: object, *, triangle_layers: Collection[int], num_layers: int, num_heads: int | None, last_n: int
+    raw: object,
+    *,
+    triangle_layers: Collection[int],
+    num_layers: int,
+    num_heads: int | None,
+    last_n: int,
+    min_seq_len: int = DEFAULT_MIN_SEQ_LEN,
 ) -> Shallow | None:
     """Validates the user's ``shallow`` entry.
 
@@ -115,6 +125,7 @@ def resolve_shallow(
         num_layers: Layers of the model.
         num_heads: Query heads of a layer; None where a head file can't be used.
         last_n: The triangle's, the default.
+        min_seq_len: The default on this machine.
 
     Raises:
         ValueError: Naming the key, its value, the limit and the fix.
@@ -139,7 +150,7 @@ def resolve_shallow(
         patterns=patterns,
         heads=heads,
         last_n=last_n if config.last_n is None else config.last_n,
-        min_seq_len=config.min_seq_len,
+        min_seq_len=min_seq_len if config.min_seq_len is None else config.min_seq_len,
         source=source,
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_trimix.config import Resolved, resolve
 from vllm_trimix.layers import format_layers
+from vllm_trimix.shallow import COMPILED_CPU_MIN_SEQ_LEN, DEFAULT_MIN_SEQ_LEN
 
 ENTRY = "trimix"
 RESOLVED = "trimix_resolved"
@@ -42,6 +43,7 @@ def resolve_into(vllm_config: Any) -> None:
         num_layers=model_config.get_total_num_hidden_layers(),
         model_entry=getattr(hf_config, ENTRY, None),
         num_heads=model_config.hf_text_config.num_attention_heads,
+        min_seq_len=_min_seq_len(),
     )
     _check_layers(resolved.layers, model_config, "trimix.layers")
     if resolved.shallow is not None:
@@ -124,6 +126,16 @@ def _check_dense_backend(resolved: Resolved) -> None:
             f"trimix.dense_backend: {forced!r} does not run on this platform ({current_platform.device_name}); "
             "remove it to build on the platform's own backend"
         )
+
+
+def _min_seq_len() -> int:
+    """From which length on dynamic patterns are taken to pay on this machine."""
+    from vllm.platforms import current_platform
+
+    from vllm_trimix.kernels import cpp_sparse
+
+    compiled = current_platform.is_cpu() and cpp_sparse.is_available()
+    return COMPILED_CPU_MIN_SEQ_LEN if compiled else DEFAULT_MIN_SEQ_LEN
 
 
 def _check_connector(vllm_config: Any) -> None:
