@@ -62,15 +62,15 @@ def test_two_spellings_of_the_layers(tmp_path: Path, base: Any, own: Any, layers
         # Only what is named changes: what calibrate writes over a preset with a pattern.
         ({"pattern": "flexprefill", "gamma": 0.9, "last_n": 5}, {"min_seq_len": 7}, None, ("flexprefill", 5, 7)),
         ({"pattern": "flexprefill", "last_n": 5}, {"min_seq_len": 7}, {"min_seq_len": 9}, ("flexprefill", 5, 9)),
-        ({"pattern": "flexprefill"}, None, {"last_n": 3}, ("flexprefill", 3, 16384)),
+        ({"pattern": "flexprefill"}, None, {"last_n": 3}, ("flexprefill", 3, 65536)),
         # Another pattern has other parameters: nothing of the base's is left.
         (
             {"pattern": "flexprefill", "gamma": 0.9, "last_n": 5},
             {"pattern": "xattention"},
             None,
-            ("xattention", 128, 16384),
+            ("xattention", 128, 65536),
         ),
-        ({"pattern": "flexprefill", "last_n": 5}, None, {"pattern": "xattention"}, ("xattention", 128, 16384)),
+        ({"pattern": "flexprefill", "last_n": 5}, None, {"pattern": "xattention"}, ("xattention", 128, 65536)),
         ({"pattern": "flexprefill"}, "dense", None, None),
         ({"pattern": "flexprefill"}, {"min_seq_len": 7}, "dense", None),
     ],
