@@ -21,6 +21,7 @@ SCENARIOS = (
     "rows_gathered_or_sliced",
     "cached_prefix",
     "padded_requests",
+    "dynamic_chunks",
 )
 
 
@@ -49,7 +50,7 @@ def test_dynamic_rows_are_among_them(report: dict[str, Any]) -> None:
         found = [result for name, result in report["scenarios"].items() if name.startswith(f"{dense}-")]
         assert sum(result["rows"].get("dynamic", 0) for result in found) > 500
         assert [problem for result in found for problem in wrong_density(result)] == []
-        assert any(result["counted"]["keys_read"] < 0.8 * result["counted"]["keys_causal"] for result in found)
+        assert any(result["counted"]["keys_read"] < 0.9 * result["counted"]["keys_causal"] for result in found)
 
 
 @pytest.mark.parametrize("dense", DENSE)

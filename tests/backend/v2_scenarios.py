@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.backend.v2_engine import Engine
-from tests.backend.v2_runner import MAX_REQUESTS, PATTERN
+from tests.backend.v2_runner import DYNAMIC_LAYERS, MAX_REQUESTS, PATTERN
 from vllm_trimix.backend.prefill import TritonPrefill
 
 Make = Callable[..., Engine]
@@ -237,6 +237,24 @@ def padded_requests(make: Make) -> tuple[Engine, Notes]:
     return engine, {"paths": paths, "replayed": engine.runner.full_graphs}
 
 
+def dynamic_chunks(make: Make) -> tuple[Engine, Notes]:
+    """Chunks that fill tiles, cut where no tile ends, beside decodes, opted-out rows and each other; resumed."""
+    engine = make(layout="LBNHC", group=4)
+    engine.add("a", 250)
+    engine.add("b", 60, stamp="opt_out")
+    engine.step({"a": 90, "b": 60})
+    engine.step({"a": 70, "b": 1})
+    engine.add("c", 240)
+    # The prompt's last rows are in the chunk, and the choice is theirs.
+    engine.step({"a": 90, "c": 110, "b": 1})
+    engine.step({"a": 1, "c": 130})
+    engine.preempt("a")
+    engine.step({"c": 1})
+    engine.step({"a": 251, "c": 1})
+    rows = 90 + 70 + 82 + 110 + 122 + 242
+    return engine, {"rows": engine.counted["dynamic_layer_rows"] == len(DYNAMIC_LAYERS) * rows}
+
+
 COMBINATIONS = ((0, "LBHNC", 1), (1, "LBNHC", 4), (5, "BLNHC", 4))
 SCENARIOS: dict[str, Callable[[Make], tuple[Engine, Notes]]] = {
     **{
@@ -260,6 +278,7 @@ SCENARIOS: dict[str, Callable[[Make], tuple[Engine, Notes]]] = {
             single_rows_without_graphs,
             verified_drafts,
             padded_requests,
+            dynamic_chunks,
         )
     },
 }

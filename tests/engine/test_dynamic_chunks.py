@@ -77,8 +77,10 @@ def test_trained(name: str, tmp_path: Path) -> None:
                 "dtype": "bfloat16",
                 "max_model_len": SIZES["small"].max_positions,
                 "max_num_batched_tokens": chunk,
+                "additional_config": {
+                    "trimix": {"layers": "", "last_n": 4, "shallow": {**TRAINED[name], "min_seq_len": 0}}
+                },
             },
-            trimix={"layers": "", "last_n": 4, "shallow": {**TRAINED[name], "min_seq_len": 0}},
         )
         assert [words[said["tokens"][0]] for (said,) in result.waves] == [prompt.answer for prompt in prompts]
         assert result.rows["dynamic"] > 0

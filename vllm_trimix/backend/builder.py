@@ -147,7 +147,9 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
 
     def _layer_patterns(self, impl: Any, layer: int) -> LayerPatterns:
         assert self.resolved.shallow is not None
-        first = get_tensor_model_parallel_rank() * impl.num_heads
+        parallel = self.vllm_config.parallel_config
+        rank = get_tensor_model_parallel_rank() if parallel.tensor_parallel_size > 1 else 0
+        first = rank * impl.num_heads
         return LayerPatterns(
             self.resolved.shallow.heads_of(layer, first, impl.num_heads),
             num_kv_heads=impl.num_kv_heads,

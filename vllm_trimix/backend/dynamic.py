@@ -298,7 +298,7 @@ class CudaPages:
 
         for has_columns, has_band in patterns.index_kinds():
             index = idle_index(patterns.block_size, q.device, has_columns=has_columns, has_band=has_band)
-            gathered, keys_read = GatheredKeys(self.k_cache), torch.empty_like(index.block_count)
+            gathered, keys_read = GatheredKeys(self.k_cache), index.block_count.new_empty(index.block_count.shape)
             self.attend(q, gathered, index, Place(0, 0, 0), out, keys_read)
         if patterns.last_rows:
             # One key, in the first request's first page: whatever it holds.
@@ -387,7 +387,7 @@ def prefill(
             for part in parts(selection):
                 index = build_index(part)
                 place = Place(request, first_row + part.tiles.position - position, heads.start)
-                keys_read = torch.empty_like(index.block_count)
+                keys_read = index.block_count.new_empty(index.block_count.shape)
                 pages.attend(q, gathered, index, place, out, keys_read)
                 counter.add(keys_read, index)
 
