@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.models import read_config
+from benchmarks.rows import PUBLISHED_ROWS
 from vllm_trimix.config import Resolved, parse_config, resolve
 
 STOCK = "stock"
@@ -22,9 +23,6 @@ STATS_SECONDS = 1.0
 PATTERNS = {"minference": "vertical_slash", "flexprefill": "flexprefill", "xattention": "xattention"}
 ROWS = tuple(PATTERNS) + tuple(f"{TRIMIX}+{name}" for name in PATTERNS)
 """Named configurations: a dynamic pattern in all layers, or in those that the triangle leaves dense."""
-PUBLISHED_ROWS = ("minference", "trimix+minference", "trimix+flexprefill", "trimix+xattention")
-"""What ``--rows published`` means; stock and TRIMIX, the table's other rows, are always there."""
-
 IDEAL_PROOF = "BENCHMARK FLOOR: prefill attention of triangle layers is left out"
 
 

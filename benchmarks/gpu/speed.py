@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.configurations import PUBLISHED_ROWS
 from benchmarks.environment import environment
 from benchmarks.gpu.report import Report
+from benchmarks.rows import PUBLISHED_ROWS
 from vllm_trimix.demo.bench_model import SHAPES, ModelShape, make_bench_model
 from vllm_trimix.demo.circuit_spec import CircuitSpec
 

@@ -10,10 +10,10 @@ import subprocess
 import sys
 from typing import Any
 
-from benchmarks.configurations import PUBLISHED_ROWS
 from benchmarks.environment import environment
 from benchmarks.gpu.runner import ROOT, Stage, main
 from benchmarks.prompts import PUBLISHED_LENGTHS
+from benchmarks.rows import PUBLISHED_ROWS
 
 # Stages of a group measure into one folder: its servers' settings must be the same, rounds measured once count for
 # all, and the correctness gate runs once.

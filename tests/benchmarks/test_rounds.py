@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.configurations import IDEAL, PUBLISHED_ROWS, ROWS, STOCK, TRIMIX, configurations
+from benchmarks.configurations import IDEAL, ROWS, STOCK, TRIMIX, configurations
 from benchmarks.gate import _counted, _gate_prompt, gate_spec
 from benchmarks.report import markdown, plot_ttft
 from benchmarks.rounds import Rounds, summarise
+from benchmarks.rows import PUBLISHED_ROWS
 from vllm_trimix.config import Resolved, resolve
 
 CONFIGURATIONS = configurations('{"starting_layer": 4}', [], ideal=True)
