@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Result:
     metrics: dict[str, float]
     log: str
     refusals: list[str]
-    spans: dict[int, list[tuple[int, int, int]]]
+    spans: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)
 
 
 def run_job(
