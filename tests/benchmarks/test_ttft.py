@@ -44,6 +44,7 @@ def _leashes(output: Path) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_a_server_died(tmp_path: Path) -> None:
     output = tmp_path / "out"
     arguments = ["--output", str(output), "--lengths", "1500", "--decode-tokens", "4", "--no-breakdown"]
