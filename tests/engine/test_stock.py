@@ -43,6 +43,6 @@ def test_below_the_threshold_and_with_an_empty_set(model: Path, tmp_path: Path) 
     assert sparse.rows["triangle"] > 0
     assert sparse.waves != stock.waves, "the mask changed nothing: this test proves nothing"
     for result in (below, empty, sparse):
-        assert all("allowed values: 'on' (default), 'off'" in refusal for refusal in result.refusals[:3])
+        assert all("allowed values: 'on' (default), 'triangle'" in refusal for refusal in result.refusals[:3])
         assert "trimix_dense is internal" in result.refusals[3]
         assert " BUT " not in "".join(result.refusals)

@@ -53,7 +53,7 @@ def test_start_line_is_said_once(server: Server) -> None:
     assert len(lines) == 1
     assert lines[0].endswith(
         "TRIMIX: layers=4-7 of=8 pattern=triangle n_init=8 n_local=512 last_n=128 min_prompt_len=0 "
-        "dense=CPU_ATTN kernel=torch_cpu stock_layers=none source=model"
+        "dense=CPU_ATTN kernel=torch_cpu stock_layers=none source=model shallow=dense"
     )
 
 
@@ -117,7 +117,7 @@ def test_bad_xargs_are_refused(server: Server, path: str, value: Any, stream: bo
     response = server.post(path, body)
     assert response.status_code == 400, response.text
     assert "vllm_xargs.trimix" in response.text
-    assert "allowed values: 'on' (default), 'off'" in response.text
+    assert "allowed values: 'on' (default), 'triangle'" in response.text
 
 
 def test_beam_search_cannot_drop_the_opt_out(server: Server) -> None:
