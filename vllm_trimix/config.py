@@ -7,6 +7,7 @@ with a preset and the model's facts into the ``Resolved`` settings that every pr
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -92,7 +93,7 @@ class Resolved(BaseModel):
         """The pattern's parameters."""
         return Triangle(n_init=self.n_init, n_local=self.n_local, last_n=self.last_n)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """A short hash of everything that decides which keys a row sees."""
         masks = self.model_dump_json(exclude={"dense_backend", "prompt_logprobs", "stats_log_interval", "source"})

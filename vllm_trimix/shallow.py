@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 # Where TriangleMix + MInference overtakes TriangleMix in the published table, on an A100: between 48K and 64K. On
 # CUDA nothing is measured here; `vllm-trimix calibrate` finds a machine's own.
 DEFAULT_MIN_SEQ_LEN = 65536
-# The shortest prompts measured with the compiled CPU kernel (benchmarks/results/2026-11-21-cpu-dynamic), where every
-# pattern gained; a test compares them.
+# The shortest prompts measured with the compiled CPU kernel (benchmarks/results/2026-11-21-cpu-dynamic), where both
+# patterns measured gained; a test compares them.
 COMPILED_CPU_MIN_SEQ_LEN = 8192
 
 
@@ -187,7 +187,7 @@ def _patterns(
     if (config.pattern is None) == (config.heads is None):
         raise ValueError(
             f'{where}: write either "pattern" ({", ".join(PATTERNS)}) or "heads" with a head file; '
-            f"got {', '.join(own) or 'neither'}"
+            f"got {'neither' if config.pattern is None else 'both'}"
         )
     if config.heads is None:
         beside = tuple(ShallowConfig.model_fields)

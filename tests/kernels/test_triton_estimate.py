@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.budget import assert_within_budget
-from tests.kernels.triton_interpreter import interpreter_pool, on_device, strided
+from tests.kernels.triton_interpreter import on_device, strided
 
 pytest.importorskip("triton", reason="the kernel needs Triton (Linux)")
 
@@ -174,12 +174,6 @@ def _sums(arguments: dict[str, Any], keys: torch.Tensor, dtype: torch.dtype) -> 
         own = num_keys - num_rows + row
         slashes[:, : own + 1] += weights[:, row, : own + 1].flip(1)
     return weights.sum(1), slashes
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    with interpreter_pool() as pool:
-        yield pool
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -8,7 +8,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.sparse_interpreter import SparseCase, compiler_pool, error_of, run_case, run_idle, specialisations
-from tests.kernels.triton_interpreter import interpreter_pool
 from vllm_trimix.patterns.selection import EVERYTHING
 
 pytest.importorskip("triton", reason="the kernel needs Triton (Linux)")
@@ -111,12 +110,6 @@ def _cases() -> dict[str, SparseCase]:
 
 
 CASES = _cases()
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    with interpreter_pool() as pool:
-        yield pool
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -7,7 +7,6 @@ from tests.kernels.triton_interpreter import (
     Case,
     error_of,
     interpreted_bf16_product,
-    interpreter_pool,
     run_case,
     tile_rows,
 )
@@ -114,12 +113,6 @@ def _cases() -> dict[str, Case]:
 
 
 CASES = _cases()
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    with interpreter_pool() as pool:
-        yield pool
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -9,12 +9,12 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from vllm_trimix.patterns.base import STRICT, BlockSize, per_head, tiles_of
+from vllm_trimix.patterns.base import STRICT, BlockSize, OneKind, per_head, tiles_of
 from vllm_trimix.patterns.selection import EVERYTHING, Chunk, Selection
 
 
 @dataclass(frozen=True, config=STRICT)
-class AShape:
+class AShape(OneKind):
     """Parameters, in tokens; defaults of MInference's search.
 
     Attributes:
@@ -37,11 +37,6 @@ class AShape:
     def budget(self) -> int:
         """Sinks and window."""
         return self.n_init + self.n_local
-
-    @property
-    def kind(self) -> tuple[str]:
-        """Heads of one kind are selected together."""
-        return (self.name,)
 
     @classmethod
     def select(cls, heads: Sequence[AShape], chunk: Chunk) -> Selection:

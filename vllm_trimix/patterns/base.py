@@ -57,6 +57,17 @@ class DynamicPattern(Protocol):
         """
 
 
+class OneKind:
+    """For patterns whose heads can all be selected together, whatever their parameters."""
+
+    name: ClassVar[str]
+
+    @property
+    def kind(self) -> tuple[str]:
+        """Heads of one kind are selected together."""
+        return (self.name,)
+
+
 def tiles_of(block_size: int, chunk: Chunk) -> Tiles:
     """The tiles of a chunk's sparse rows."""
     return Tiles(block_size, chunk.position, chunk.num_rows)

@@ -10,13 +10,13 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from vllm_trimix.patterns.base import STRICT, BlockSize, per_head, tiles_of
+from vllm_trimix.patterns.base import STRICT, BlockSize, OneKind, per_head, tiles_of
 from vllm_trimix.patterns.estimate import block_means, pooled_scores
 from vllm_trimix.patterns.selection import Chunk, Selection
 
 
 @dataclass(frozen=True, config=STRICT)
-class BlockSparse:
+class BlockSparse(OneKind):
     """Budget.
 
     Attributes:
@@ -38,11 +38,6 @@ class BlockSparse:
     def budget(self) -> int:
         """The keys of whole blocks."""
         return self.top_k * self.block_size
-
-    @property
-    def kind(self) -> tuple[str]:
-        """Heads of one kind are selected together."""
-        return (self.name,)
 
     @classmethod
     def select(cls, heads: Sequence[BlockSparse], chunk: Chunk) -> Selection:

@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from vllm_trimix.patterns.base import STRICT, BlockSize, tiles_of
+from vllm_trimix.patterns.base import STRICT, BlockSize, OneKind, tiles_of
 from vllm_trimix.patterns.selection import EVERYTHING, Chunk, Selection
 
 
 @dataclass(frozen=True, config=STRICT)
-class Dense:
+class Dense(OneKind):
     """Causal attention.
 
     Attributes:
@@ -31,11 +31,6 @@ class Dense:
     def budget(self) -> int:
         """All keys."""
         return EVERYTHING
-
-    @property
-    def kind(self) -> tuple[str]:
-        """Heads of one kind are selected together."""
-        return (self.name,)
 
     @classmethod
     def select(cls, heads: Sequence[Dense], chunk: Chunk) -> Selection:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from vllm_trimix.patterns.base import STRICT, BlockSize, per_head, tiles_of
+from vllm_trimix.patterns.base import STRICT, BlockSize, OneKind, per_head, tiles_of
 from vllm_trimix.patterns.estimate import (
     block_means,
     kept_columns,
@@ -27,7 +27,7 @@ DENSE_KEYS = 256
 
 
 @dataclass(frozen=True, config=STRICT)
-class FlexPrefill:
+class FlexPrefill(OneKind):
     """Parameters.
 
     Attributes:
@@ -51,11 +51,6 @@ class FlexPrefill:
     def budget(self) -> None:
         """As many as hold ``gamma``."""
         return None
-
-    @property
-    def kind(self) -> tuple[str]:
-        """Heads of one kind are selected together."""
-        return (self.name,)
 
     @classmethod
     def select(cls, heads: Sequence[FlexPrefill], chunk: Chunk) -> Selection:

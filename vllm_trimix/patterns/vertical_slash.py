@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from vllm_trimix.patterns.base import STRICT, BlockSize, per_head, tiles_of
+from vllm_trimix.patterns.base import STRICT, BlockSize, OneKind, per_head, tiles_of
 from vllm_trimix.patterns.estimate import kept_columns, slash_blocks
 from vllm_trimix.patterns.selection import EVERYTHING, Chunk, Selection
 
@@ -19,7 +19,7 @@ FORCED_SLASHES = 100
 
 
 @dataclass(frozen=True, config=STRICT)
-class VerticalSlash:
+class VerticalSlash(OneKind):
     """Budgets; defaults of MInference's configurations for 128K models.
 
     Attributes:
@@ -42,11 +42,6 @@ class VerticalSlash:
     def budget(self) -> int:
         """A key for each vertical and each slash."""
         return self.vertical_size + self.slash_size
-
-    @property
-    def kind(self) -> tuple[str]:
-        """Heads of one kind are selected together."""
-        return (self.name,)
 
     @classmethod
     def select(cls, heads: Sequence[VerticalSlash], chunk: Chunk) -> Selection:
