@@ -1,0 +1,53 @@
+"""Tiers of the test matrix: the option that asks for all their cases, and the record of what ran."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.tiers import TIERS, Tier, write
+
+_TIERS = pytest.StashKey[dict[str, Tier]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="all cases of each tier, not a sample")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_TIERS] = {}
+
+
+def _tier_of(item: pytest.Item) -> Tier | None:
+    marker = item.get_closest_marker("tier")
+    if marker is None:
+        return None
+    name = marker.args[0]
+    if name not in TIERS:
+        raise pytest.UsageError(f"{item.nodeid}: tier {name!r} is none of {', '.join(TIERS)}")
+    return item.config.stash[_TIERS].setdefault(name, Tier(name, full=item.config.getoption("--full")))
+
+
+@pytest.fixture
+def tier(request: pytest.FixtureRequest) -> Tier:
+    """The tier that the test is marked with."""
+    found = _tier_of(request.node)
+    assert found is not None, "the test carries no tier marker"
+    return found
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    tier = _tier_of(item)
+    if tier is not None:
+        tier.seconds += report.duration
+        tier.failures += report.failed
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    tiers = session.config.stash[_TIERS]
+    if tiers:
+        write(session.config.rootpath / "build" / "tiers.json", tiers)
