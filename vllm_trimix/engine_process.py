@@ -1,9 +1,10 @@
-"""The other end of ``backend/calibration_engine.py``: starts it, asks it, and leaves no process behind."""
+"""The other end of ``backend/engine_job.py``: starts an engine, asks it, and leaves no process behind."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import select
@@ -12,12 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-_MODULE = "vllm_trimix.backend.calibration_engine"
 _LAST_LINES = 12
 _GRACE_SECONDS = 10.0
 # How often a waiting reader looks whether the process is still there.
@@ -30,29 +30,38 @@ class EngineProcess:
     The engine has a session of its own: Ctrl-C in a terminal reaches the command only, which then ends the engine.
     """
 
-    def __init__(self, job: dict[str, Any], *, left: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        module: str,
+        job: dict[str, Any],
+        *,
+        left: Callable[[], float] = lambda: math.inf,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         """Starts the process.
 
         Args:
-            job: What ``calibration_engine.configure`` takes.
+            module: One that calls ``engine_job.serve``.
+            job: What its ``configure`` takes.
             left: Seconds that may still be waited for an answer.
+            environment: Variables on top of this process's.
         """
         self._job, self._left = job, left
-        descriptor, log = tempfile.mkstemp(prefix="vllm-trimix-calibrate-", suffix=".log")
+        descriptor, log = tempfile.mkstemp(prefix="vllm-trimix-engine-", suffix=".log")
         self.log_path = Path(log)
         replies, theirs = os.pipe()
         # What ran is read from the log, so that it must say it.
-        environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_CONFIGURE_LOGGING": "1"}
+        variables = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_CONFIGURE_LOGGING": "1"}
         # A measurement is no usage.
-        environment["VLLM_NO_USAGE_STATS"] = "1"
+        variables["VLLM_NO_USAGE_STATS"] = "1"
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", _MODULE, str(theirs)],
+                [sys.executable, "-m", module, str(theirs)],
                 stdin=subprocess.PIPE,
                 stdout=descriptor,
                 stderr=subprocess.STDOUT,
                 pass_fds=(theirs,),
-                env=environment,
+                env={**variables, **(environment or {})},
                 start_new_session=True,
             )
         finally:
@@ -79,7 +88,7 @@ class EngineProcess:
         return self.log_path.read_text(errors="replace")
 
     def wait_ready(self) -> dict[str, Any]:
-        """Hands the job over; returns what ``calibration_engine`` says once it can be asked.
+        """Hands the job over; returns what the engine says once it can be asked.
 
         Raises:
             ValueError: The model, the flags or the entry are wrong.
@@ -92,15 +101,15 @@ class EngineProcess:
             raise ValueError(answer["error"])
         return answer
 
-    def ask(self, length: int, seed: int, variant: str) -> float:
-        """Seconds to the first token of one request.
+    def ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a message.
 
         Raises:
             TimeoutError: No answer in the time left.
             EngineDied: It ended.
         """
-        self._send({"length": length, "seed": seed, "variant": variant})
-        return float(self._receive()["seconds"])
+        self._send(message)
+        return self._receive()
 
     def wait_for_log(self, pattern: str, seconds: float) -> re.Match[str] | None:
         """The first match in the log, which may be written some time after what it reports."""

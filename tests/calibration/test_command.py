@@ -38,7 +38,7 @@ def calibrate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.setenv("TMPDIR", str(tmp_path / "logs"))
     (tmp_path / "logs").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr("vllm_trimix.engine_process._MODULE", FAKE)
+    monkeypatch.setattr("vllm_trimix.cli.calibrate._ENGINE", FAKE)
     monkeypatch.setattr("vllm_trimix.cli.calibrate._LOG_SECONDS", 0.5)
     monkeypatch.setattr("vllm_trimix.cli.calibrate._SETTLE_SECONDS", 0)
 
@@ -210,7 +210,7 @@ def test_few_repeats_say_what_they_are_worth(calibrate: Calibrate, tmp_path: Pat
 def test_mistakes_are_named_before_an_engine_starts(
     argv: list[str], message: str, calibrate: Calibrate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vllm_trimix.engine_process._MODULE", "no.such.module")
+    monkeypatch.setattr("vllm_trimix.cli.calibrate._ENGINE", "no.such.module")
     (tmp_path / "folder.json").mkdir()
     (tmp_path / "old.json").write_text(json.dumps({"layers": "1", "provenance": {"source": calibration.SOURCE}}))
     status, out, err = calibrate(*argv)
@@ -276,7 +276,7 @@ def test_an_engine_that_hangs_costs_no_more_than_the_budget(calibrate: Calibrate
 
 
 def test_an_engine_that_is_never_ready(calibrate: Calibrate, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_trimix.engine_process._MODULE", "tests.calibration.sleeper")
+    monkeypatch.setattr("vllm_trimix.cli.calibrate._ENGINE", "tests.calibration.sleeper")
     status, _, err = calibrate("m", "--trimix", LAYERS, "--budget", "0.02")
     assert status == 2
     assert "--budget: 0.02 minutes were over before the engine was ready; allow more" in err
@@ -284,7 +284,7 @@ def test_an_engine_that_is_never_ready(calibrate: Calibrate, monkeypatch: pytest
 
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
-    code = f"import sys; from vllm_trimix import engine_process as e; e._MODULE = {FAKE!r}; "
+    code = f"import sys; from vllm_trimix.cli import calibrate as c; c._ENGINE = {FAKE!r}; "
     code += "from vllm_trimix.cli.main import main; sys.exit(main())"
     process = subprocess.Popen(
         [sys.executable, "-c", code, "calibrate", "m", "--trimix", LAYERS, "--output", str(tmp_path / "o.json")],

@@ -22,6 +22,7 @@ from vllm_trimix.engine_process import EngineDied, EngineProcess
 
 TAKES_ENGINE_FLAGS = True
 
+_ENGINE = "vllm_trimix.backend.calibration_engine"
 _START_LINE = r"TRIMIX: (layers=.*)"
 _LOG_SECONDS = 10.0
 # What the log says once rows of a variant were computed.
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         "max_length": args.max_length,
     }
     try:
-        with EngineProcess(job, left=left) as engine:
+        with EngineProcess(_ENGINE, job, left=left) as engine:
             try:
                 ready = engine.wait_ready()
             except ValueError as error:
@@ -279,9 +280,10 @@ def measure(
                 )
             checked = True
 
-    rows = calibration.measure(
-        engine.ask, comparison, longest=longest, repeats=repeats, left=left, on_row=on_row, say=_say
-    )
+    def ask(length: int, seed: int, variant: str) -> float:
+        return float(engine.ask({"length": length, "seed": seed, "variant": variant})["seconds"])
+
+    rows = calibration.measure(ask, comparison, longest=longest, repeats=repeats, left=left, on_row=on_row, say=_say)
     return [dataclasses.replace(row, density=densities.get(row.length)) for row in rows]
 
 

@@ -97,13 +97,21 @@ def environment(device: Any) -> dict[str, str]:
     }
 
 
-def command(args: argparse.Namespace) -> str:
-    """The call again: what differs from the defaults."""
-    words = ["vllm-trimix", args.command, args.model]
+def command(args: argparse.Namespace, *, positional: tuple[str, ...] = ("model",)) -> str:
+    """The call again: what differs from the defaults.
+
+    Args:
+        args: As parsed, with ``parser``.
+        positional: Names of the arguments without a flag, in their order.
+    """
+    words = ["vllm-trimix", args.command, *(str(getattr(args, name)) for name in positional)]
     for name, value in vars(args).items():
-        if name not in ("command", "model", "run", "parser", "flags") and value != args.parser.get_default(name):
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return shlex.join(words)
+        if name in ("command", "run", "parser", "flags", *positional) or value == args.parser.get_default(name):
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        for item in value if isinstance(value, list) else [value]:
+            words += [flag] if item is True else [flag, str(item)]
+    return shlex.join([*words, *(["--", *args.flags] if getattr(args, "flags", None) else [])])
 
 
 class Bars:

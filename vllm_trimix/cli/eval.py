@@ -1,0 +1,290 @@
+"""``vllm-trimix eval``: is it lossless? The same prompts through several configurations, task by task."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_trimix.cli import hf_model
+from vllm_trimix.config import Resolved
+
+TAKES_ENGINE_FLAGS = True
+_SUITES = ("ruler", "niah", "retrieval", "ppl", "agreement")
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command's arguments."""
+    parser = subparsers.add_parser(
+        "eval",
+        help="compare TRIMIX with stock vLLM on your model, task by task, with intervals",
+        usage="vllm-trimix eval SUITE MODEL [options] [-- ENGINE FLAGS]",
+        description="Asks each configuration the same prompts through the real engine, one engine after the other, and "
+        "reports for each task and length the score, its paired difference to stock with a 95% interval, and the time "
+        "to the first token. Writes answers.jsonl, result.json, report.md and plots. Stopped, it goes on where it was.",
+        epilog="After -- come engine flags of vllm serve: vllm-trimix eval ruler MODEL -- --tensor-parallel-size 2",
+    )
+    add = parser.add_argument
+    add("suite", metavar="SUITE", help=f"{', '.join(_SUITES)}; see docs/evaluation.md")
+    add("model", metavar="MODEL", help="HF id or path of a causal language model; its tokenizer makes the prompts")
+    add("--tasks", metavar="NAME,...", help="of the suite (default: all)")
+    add("--lengths", metavar="TOKENS,...", help="prompt and answer together (default: the published ones that fit)")
+    add("--samples", type=_whole, metavar="N", help="prompts of each task and length (default: the suite's)")
+    add("--depths", metavar="SHARE,...", help="where the needle lies, 0 to 1, for niah (default: 0,0.1,...,1)")
+    add(
+        "--configs",
+        default="stock,trimix",
+        metavar="NAME,...",
+        help="stock, trimix, preset files (default: %(default)s)",
+    )
+    add("--config", action="append", default=[], metavar="NAME=JSON", help="a configuration by its trimix entry")
+    add("--trimix", default="{}", metavar="JSON", help="the trimix entry, where no preset fits; base of ablations")
+    add(
+        "--ablation",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE,...]",
+        help="vary one thing: last_n, n_init, n_local, starting_layer, num_layers, shape, random_layers, static",
+    )
+    add("--probe", type=Path, metavar="DIR", help="results of vllm-trimix probe, whose order num_layers follows")
+    add("--server", metavar="URL", help="ask a running TRIMIX server, each prompt with and without opt-out")
+    add("--served", metavar="NAME", help="the model's name on that server (default: the only one)")
+    add("--chat-template", action="store_true", help="ask as a user's turn (default: the published base template)")
+    add("--prompts", type=Path, metavar="FILE", help="JSON lines of prompts, for agreement")
+    add("--text", type=Path, metavar="FILE", help="a long text, for ppl")
+    add("--concurrency", type=_whole, default=1, metavar="N", help="prompts at the same time; times count at 1 only")
+    add("--seed", type=int, default=42, help="of the prompts (default: %(default)s)")
+    add("--output", type=Path, metavar="DIR", help="folder for the results (default: trimix-eval/SUITE)")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model's tokenizer")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluates. Returns 1 if a prompt has no answer, or a configuration ran no sparse row; 130 after Ctrl-C.
+
+    Raises:
+        ValueError: Something the user got wrong.
+        OSError: A file that can't be read or written.
+    """
+    from vllm_trimix.evaluation.suites.registry import SUITES
+
+    if args.suite not in SUITES:
+        raise ValueError(
+            f"SUITE: {args.suite!r} is not a suite{_near(args.suite, SUITES)}; there are {', '.join(SUITES)}"
+        )
+    suite = SUITES[args.suite]
+    args.device, args.dtype = "cpu", "auto"
+    source = hf_model.find(args)
+    del args.device, args.dtype
+    from vllm_trimix.evaluation import askers, languages
+    from vllm_trimix.evaluation.answers import Answers
+    from vllm_trimix.evaluation.prompts import Prompts
+    from vllm_trimix.evaluation.run import run as ask_all
+    from vllm_trimix.evaluation.suites.base import Context
+
+    language = languages.detect(source.tokenizer)
+    lengths = _lengths(args.lengths, suite.lengths, source.max_length, args.model)
+    context = Context(
+        tokenizer=source.tokenizer,
+        language=language,
+        seed=args.seed,
+        chat=args.chat_template,
+        depths=_depths(args.depths) or suite.depths,
+        prompts=args.prompts,
+        text=args.text,
+    )
+    if args.chat_template and not getattr(source.tokenizer, "chat_template", None):
+        raise ValueError(f"--chat-template: the tokenizer of {args.model} has no chat template; leave the flag out")
+    tasks = _tasks(args.tasks, suite, language)
+    configurations = _configurations(args, source, suite.entry)
+    samples = args.samples or suite.samples
+    folder = args.output or Path("trimix-eval") / suite.name
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"kind": "evaluation", "suite": suite.name, "model": args.model, "engine flags": args.flags}
+    answers = Answers(
+        folder, {**about, "asked": args.server or "engine", "seed": args.seed, "chat": args.chat_template}
+    )
+    prompts = Prompts(tasks, context, lengths=lengths, count=samples)
+    start: Any = functools.partial(askers.EngineAsker, model=args.model, flags=args.flags, max_model_len=max(lengths))
+    if args.server:
+        start = functools.partial(askers.ServerAsker, url=args.server, model=args.served)
+    settings = {
+        "lengths": list(lengths),
+        "samples": samples,
+        "seed": args.seed,
+        "language": language,
+        "chat_template": args.chat_template,
+        "concurrency": args.concurrency,
+        "asked": f"the server at {args.server}" if args.server else "one engine after the other",
+    }
+    _say(f"{', '.join(tasks)} at {', '.join(map(str, lengths))} tokens, {samples} of each; making prompts")
+    with hf_model.Bars() as bars:
+        try:
+            outcome = ask_all(
+                configurations, prompts, answers, start=start, concurrency=args.concurrency, progress=bars.update
+            )
+        except KeyboardInterrupt:
+            _say(f"stopped; the same command goes on where it was ({folder})")
+            raise
+    return _finish(args, folder, suite.name, settings, configurations, prompts, answers, outcome)
+
+
+def _finish(
+    args: argparse.Namespace,
+    folder: Path,
+    suite: str,
+    settings: dict[str, Any],
+    configurations: Sequence[Any],
+    prompts: Any,
+    answers: Any,
+    outcome: Any,
+) -> int:
+    """Writes the results and says what they are."""
+    from vllm_trimix.evaluation import cells, report
+
+    facts = report.known_facts(folder, configurations) | outcome.facts
+    mine = [a for a in answers if outcome.samples.get(a.sample) == a.digest]
+    resolved = {
+        c.name: Resolved.model_validate(found["resolved"])
+        if (found := facts.get(c.name) or {}).get("resolved")
+        else None
+        for c in configurations
+    }
+    results = cells.results(mine, resolved)
+    stock = facts.get(configurations[0].name, {})
+    evaluation = report.Evaluation(
+        suite=suite,
+        model=args.model,
+        settings=settings,
+        environment={key: stock[key] for key in ("hardware", "versions", "engine") if key in stock},
+        configurations=configurations,
+        facts=facts,
+        results=results,
+        answers=mine,
+        samples=outcome.samples,
+        unavailable=prompts.unavailable,
+        failures=outcome.failures,
+        command=hf_model.command(args, positional=("suite", "model")),
+    )
+    report.write(folder, evaluation)
+    print("\n".join(report.console(evaluation)))
+    print(f"report: {folder / 'report.md'}")
+    idle = [
+        result.configuration
+        for result in results
+        if result.sparse
+        and "rows" in (found := facts.get(result.configuration) or {})
+        and not (found["rows"].get("triangle") or found["rows"].get("dynamic"))
+    ]
+    for name in dict.fromkeys(idle):
+        print(f"{name}: no row ran sparse; see vllm-trimix doctor", file=sys.stderr)
+    return int(bool(evaluation.failed or evaluation.failures or idle))
+
+
+def _tasks(asked: str | None, suite: Any, language: str) -> dict[str, Any]:
+    there = suite.tasks.get(language, {})
+    if not there:
+        raise ValueError(f"SUITE: {suite.name} has no task in the language of this model ({language})")
+    if asked is None:
+        return dict(there)
+    names = [name for name in asked.split(",") if name]
+    for name in names:
+        if name not in there:
+            everywhere = {task for tasks in suite.tasks.values() for task in tasks}
+            why = f"can't be said in the language of this model ({language})" if name in everywhere else "is not a task"
+            raise ValueError(f"--tasks: {name!r} {why}{_near(name, there)}; {suite.name} has {', '.join(there)}")
+    return {name: there[name] for name in there if name in names}
+
+
+def _near(name: str, there: Any) -> str:
+    found = difflib.get_close_matches(name, list(there), n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _lengths(asked: str | None, default: Sequence[int], limit: int | None, model: str) -> tuple[int, ...]:
+    if asked is None:
+        fitting = tuple(length for length in default if limit is None or length <= limit)
+        # A model of short prompts is asked as long ones as it takes.
+        return fitting or (int(limit or default[0]),)
+    lengths = []
+    for text in asked.split(","):
+        if not text.strip().isdecimal() or int(text) == 0:
+            raise ValueError(f"--lengths: {text!r} is not a number of tokens; write e.g. 4096,16384")
+        if limit is not None and int(text) > limit:
+            raise ValueError(f"--lengths: {text} tokens: {model} takes {limit}; choose at most that")
+        lengths.append(int(text))
+    return tuple(sorted(set(lengths)))
+
+
+def _depths(asked: str | None) -> tuple[float, ...]:
+    depths = []
+    for text in asked.split(",") if asked else ():
+        try:
+            depth = float(text)
+        except ValueError:
+            depth = -1.0
+        if not 0 <= depth <= 1:
+            raise ValueError(f"--depths: {text!r} is not a share from 0 (start) to 1 (end); write e.g. 0,0.5,1")
+        depths.append(depth)
+    return tuple(sorted(set(depths)))
+
+
+def _configurations(args: argparse.Namespace, source: hf_model.Source, needed: Any) -> list[Any]:
+    """All configurations, each checked against the model before an engine is started."""
+    import dataclasses
+
+    from vllm_trimix.evaluation import ablations, configurations
+
+    base = configurations.read_entry("--trimix", args.trimix)
+    found = configurations.parse(args.configs, base, args.config)
+    if args.server:
+        if args.ablation or args.config or args.trimix != "{}" or args.flags:
+            raise ValueError(
+                "--server: a running server has its configuration already: leave out --trimix, --config, --ablation "
+                "and engine flags, or leave out --server"
+            )
+        return found
+    if args.ablation:
+        order = ablations.read_order(args.probe) if args.probe else None
+        found += ablations.configurations(
+            args.ablation, base, _resolve(base, args.model, source), order=order, seed=args.seed
+        )
+    for configuration in found:
+        if configuration.entry is not None:
+            try:
+                _resolve(configuration.entry, args.model, source)
+            except ValueError as error:
+                raise ValueError(f"configuration {configuration.name}: {error}") from None
+    return [
+        configuration
+        if configuration.entry is None
+        else dataclasses.replace(configuration, entry={**needed, **configuration.entry})
+        for configuration in found
+    ]
+
+
+def _resolve(entry: dict[str, Any], model: str, source: hf_model.Source) -> Resolved:
+    from vllm_trimix.config import resolve
+
+    text = source.config.get_text_config()
+    return resolve(
+        entry,
+        model=model,
+        num_layers=text.num_hidden_layers,
+        model_entry=getattr(source.config, "trimix", None),
+        num_heads=text.num_attention_heads,
+    )
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _say(text: str) -> None:
+    print(f"eval: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,121 @@
+"""Asks every configuration every sample, and keeps what was said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_trimix.engine_process import EngineDied
+from vllm_trimix.evaluation.answers import Answers, answer_of
+from vllm_trimix.evaluation.askers import Asker, Lost
+from vllm_trimix.evaluation.configurations import Configuration
+from vllm_trimix.evaluation.prompts import Prompts
+from vllm_trimix.evaluation.sample import Sample
+
+_MAX_FAILURES = 10
+"""Failures in a row after which a configuration is given up: the reason is not the prompt."""
+
+
+@dataclass
+class Outcome:
+    """What a run left besides the answers.
+
+    Attributes:
+        facts: What ran, by configuration; those that had nothing left to ask are absent.
+        failures: Why a configuration was given up, by configuration.
+        samples: Names of all samples of the run, and their digests.
+    """
+
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    samples: dict[str, str] = field(default_factory=dict)
+
+
+def run(
+    configurations: Sequence[Configuration],
+    prompts: Prompts,
+    answers: Answers,
+    *,
+    start: Callable[[Configuration], Asker],
+    concurrency: int,
+    progress: Callable[[str, int, int], None],
+) -> Outcome:
+    """Asks what is not answered yet.
+
+    Args:
+        configurations: Stock first.
+        prompts: The samples.
+        answers: Where answers go, and what is known already.
+        start: Starts who answers for a configuration.
+        concurrency: Samples asked at the same time.
+        progress: Told the configuration, the samples done and how many there are.
+
+    Raises:
+        ValueError: Something the user got wrong.
+    """
+    outcome = Outcome()
+    for configuration in configurations:
+        answers.check_settings(configuration.name, configuration.settings)
+    for cell in prompts.cells():
+        outcome.samples.update({sample.name: sample.digest for sample in prompts.samples(cell)})
+    total = len(outcome.samples)
+    for configuration in configurations:
+        missing = total - sum(
+            answer.sample in outcome.samples
+            and outcome.samples[answer.sample] == answer.digest
+            and answer.error is None
+            for answer in answers
+            if answer.configuration == configuration.name
+        )
+        progress(configuration.name, total - missing, total)
+        if not missing:
+            continue
+        try:
+            with start(configuration) as asker:
+                _ask(asker, configuration, prompts, answers, concurrency, progress, total - missing, total)
+        except (EngineDied, Lost) as error:
+            outcome.failures[configuration.name] = str(error)
+        else:
+            outcome.facts[configuration.name] = asker.facts
+    return outcome
+
+
+def _ask(
+    asker: Asker,
+    configuration: Configuration,
+    prompts: Prompts,
+    answers: Answers,
+    concurrency: int,
+    progress: Callable[[str, int, int], None],
+    done: int,
+    total: int,
+) -> None:
+    failures = 0
+    for cell in prompts.cells():
+        wanted = [sample for sample in prompts.samples(cell) if not answers.has(configuration.name, sample)]
+        for begin in range(0, len(wanted), concurrency):
+            batch = wanted[begin : begin + concurrency]
+            try:
+                said = asker.ask(batch)
+            except (EngineDied, Lost) as error:
+                _put(answers, configuration, batch, [{"error": str(error)}] * len(batch))
+                raise
+            _put(answers, configuration, batch, said)
+            for answer in said:
+                failures = failures + 1 if "error" in answer else 0
+            if failures >= _MAX_FAILURES:
+                raise Lost(f"{failures} prompts in a row failed, the last: {said[-1]['error']}")
+            done += len(batch)
+            progress(configuration.name, done, total)
+
+
+def _put(
+    answers: Answers, configuration: Configuration, batch: Sequence[Sample], said: Sequence[dict[str, Any]]
+) -> None:
+    answers.put(
+        [
+            answer_of(configuration.name, configuration.settings, sample, answer)
+            for sample, answer in zip(batch, said, strict=True)
+        ]
+    )
