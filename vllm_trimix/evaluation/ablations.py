@@ -104,9 +104,19 @@ def _num_layers(values: list[str] | None, base: Resolved, order: Sequence[int] |
 
 def _random_layers(values: list[str] | None, base: Resolved, _: object, seed: int) -> _Variants:
     """Random sets as large as the base's: what a chosen set has to beat."""
-    for number in range(_NUM_RANDOM) if values is None else _whole("random_layers", values):
-        chosen = random.Random(f"{seed} {number}").sample(range(base.num_layers), len(base.layers))
-        yield str(number), {"layers": format_layers(tuple(sorted(chosen)))}
+    numbers = list(range(_NUM_RANDOM)) if values is None else _whole("random_layers", values)
+    rng = random.Random(seed)
+    drawn: list[tuple[int, ...]] = []
+    for _ in range(100 * (max(numbers) + 1)):
+        layers = tuple(sorted(rng.sample(range(base.num_layers), len(base.layers))))
+        if layers not in (*drawn, base.layers):
+            drawn.append(layers)
+    for number in numbers:
+        if number >= len(drawn):
+            raise ValueError(
+                f"--ablation: random_layers={number}: there are {len(drawn)} other sets of {len(base.layers)} layers"
+            )
+        yield str(number), {"layers": format_layers(drawn[number])}
 
 
 def _shape(values: list[str] | None, *_: object) -> _Variants:
