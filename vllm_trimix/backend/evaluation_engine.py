@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 from vllm_trimix.backend import settings
 from vllm_trimix.backend.engine_job import CONTEXT, engine_arguments, one_line, serve
@@ -60,7 +61,7 @@ def answer(engine: Any, message: dict[str, Any]) -> dict[str, Any]:
         name = f"eval-{time.monotonic_ns()}-{number}"
         try:
             engine.add_request(name, {"prompt_token_ids": prompt["tokens"]}, _params(prompt))
-        except ValueError as error:
+        except (ValueError, VLLMValidationError) as error:
             answers[number] = {"error": one_line(error)}
         else:
             waiting[name] = number
