@@ -8,7 +8,7 @@ from vllm_trimix.demo.trained_task import trained_vocabulary
 from vllm_trimix.demo.vocabulary import SPECIALS, vocabulary
 
 ENGLISH, VAULT, RECORDS = LANGUAGES = ("english", "vault", "records")
-"""``vault`` is what circuit models speak (``demo/vocabulary.py``), ``records`` trained ones (``demo/trained_task.py``)."""
+"""``vault`` is what circuit models speak (demo/vocabulary.py), ``records`` trained ones (demo/trained_task.py)."""
 
 
 def detect(tokenizer: Any) -> str:
