@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -83,7 +84,11 @@ def samples(context: Context, task: str, length: int, count: int) -> list[Sample
             )
             for document in documents
         ]
-        if all(sample.references for sample in made) and all(len(s.prompt) + answer <= length for s in made):
+        # In short texts there may be no words to count.
+        told = all(
+            doc["outputs"] and (kind == "qa" or all(o in doc["input"] for o in doc["outputs"])) for doc in documents
+        )
+        if told and all(len(sample.prompt) + answer <= length for sample in made):
             return made
     raise ValueError(f"{task}: {length} tokens leave no room; take a longer one")
 
@@ -118,7 +123,12 @@ def _generator(task: str, kind: str) -> Callable[[Any, int, int], list[dict[str,
     if kind == "qa":
         return _qa(task, module)
     if kind == "fwe":
-        return lambda tokenizer, length, count: module.sys_kwext(tokenizer, length, num_samples=count)
+
+        def coded(tokenizer: Any, length: int, count: int) -> list[dict[str, Any]]:
+            _check_least(tokenizer, length, "fwe", lambda: module.TEMPLATE)
+            return module.sys_kwext(tokenizer, length, num_samples=count)
+
+        return coded
     if kind == "cwe":
 
         def words(tokenizer: Any, length: int, count: int) -> list[dict[str, Any]]:
@@ -161,35 +171,42 @@ def _niah(task: str) -> Callable[[Any, int, int], list[dict[str, Any]]]:
     )
 
 
-@cache
 def _haystack(kind: str) -> Any:
+    return _essays() if kind == "essay" else _module("niah").prepare_niah.get_haystack(type_haystack=kind)
+
+
+@reach.once
+def _essays() -> list[str]:
+    """Paul Graham's, as words."""
     prepare = _module("niah").prepare_niah
-    if kind != "essay":
-        return prepare.get_haystack(type_haystack=kind)
-    # lm-eval would fetch these itself, but not within seconds.
+    # lm-eval would fetch these itself, but it may try for long.
     reach.dataset("baber/paul_graham_essays", "train", "text")
     try:
         prepare.nltk.data.find("tokenizers/punkt_tab")
     except LookupError:
-        if not reach.reachable(prepare.nltk.downloader.Downloader.DEFAULT_URL) or not prepare.nltk.download(
-            "punkt_tab", quiet=True
-        ):
-            raise Unavailable("nltk's punkt_tab, which splits RULER's essays, can't be fetched") from None
-    return prepare.get_haystack(type_haystack=kind)
+        address = prepare.nltk.downloader.Downloader.DEFAULT_URL
+        if not reach.reachable(address) or not prepare.nltk.download("punkt_tab", quiet=True):
+            raise Unavailable(f"nltk's punkt_tab, which splits the essays, can't be fetched: {address}") from None
+    words: list[str] = prepare.get_haystack(type_haystack="essay")
+    return words
 
 
 def _qa(task: str, module: ModuleType) -> Callable[[Any, int, int], list[dict[str, Any]]]:
-    read = getattr(module, _QA[task])
-    address = read.__wrapped__.__defaults__[0]
-    if not reach.reachable(address):
-        raise Unavailable(f"{address} can't be reached")
-    try:
-        questions, documents = read()
-    except Exception as error:
-        raise Unavailable(f"{address} can't be read: {str(error).splitlines()[0]}") from None
+    questions, documents = _questions(task)
     return lambda tokenizer, length, count: module.generate_samples(
         tokenizer, documents, questions, max_seq_length=length, num_samples=count
     )
+
+
+@reach.once
+def _questions(task: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """A published data set's questions and documents."""
+    read = getattr(_module("qa"), _QA[task])
+    address = inspect.signature(read).parameters["url"].default
+    if not reach.reachable(address):
+        raise Unavailable(f"{address} can't be reached")
+    found: tuple[list[dict[str, Any]], list[str]] = read()
+    return found
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -49,40 +50,39 @@ def reachable(address: str) -> bool:
     return found == [True]
 
 
-@cache
+def once(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Loads what its arguments name once, quietly; what failed isn't tried again, but raises Unavailable."""
+
+    @cache
+    def outcome(*names: str) -> tuple[Any, str]:
+        try:
+            with silence():
+                return load(*names), ""
+        except Exception as error:
+            return None, (str(error).strip() or type(error).__name__).splitlines()[0]
+
+    @functools.wraps(load)
+    def loaded(*names: str) -> Any:
+        value, failure = outcome(*names)
+        if failure:
+            raise Unavailable(failure)
+        return value
+
+    return loaded
+
+
+@once
 def dataset(name: str, split: str, column: str) -> list[str]:
-    """A column of a data set of the Hugging Face hub, or of its copy on this machine.
-
-    Raises:
-        Unavailable: It can't be had.
-    """
-    failure = _failure(lambda: _load(name, split, column))
-    if failure:
-        raise Unavailable(f"the data set {name} can't be had: {failure}")
-    return _load(name, split, column)
-
-
-@cache
-def _load(name: str, split: str, column: str) -> list[str]:
+    """A column of a data set of the Hugging Face hub, or of its copy on this machine."""
     if not offline():
         from huggingface_hub import constants
 
         if not reachable(constants.ENDPOINT):
-            raise Unavailable(f"{constants.ENDPOINT} can't be reached")
+            raise Unavailable(f"{name}: {constants.ENDPOINT} can't be reached")
     import datasets
 
     rows: list[str] = datasets.load_dataset(name, split=split)[column][:]
     return rows
-
-
-def _failure(load: Callable[[], Any]) -> str:
-    """Why something can't be loaded, in one line; empty if it can."""
-    try:
-        with silence():
-            load()
-    except Exception as error:
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ""
 
 
 @contextlib.contextmanager

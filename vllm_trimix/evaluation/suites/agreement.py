@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from vllm_trimix.demo.prompts import make_demo_prompt
+from vllm_trimix.demo.prompts import DemoPrompt, make_demo_prompt
 from vllm_trimix.evaluation import haystack, making
 from vllm_trimix.evaluation.languages import ENGLISH, RECORDS, VAULT
 from vllm_trimix.evaluation.making import Asked, Write, generator
@@ -74,14 +73,17 @@ def _compared(make: MakeSamples) -> MakeSamples:
     def compared(context: Context, length: int, count: int) -> list[Sample]:
         # An answer takes more room here: the documents are those of a shorter length.
         return [
-            replace(sample, length=length, references=(), metric="all", max_tokens=_MAX_TOKENS, measure=Measure.AGREEMENT)
+            replace(
+                sample, length=length, references=(), metric="all", max_tokens=_MAX_TOKENS, measure=Measure.AGREEMENT
+            )
             for sample in make(context, length - _MAX_TOKENS + ANSWER_TOKENS, count)
         ]
 
     return compared
 
 
-def _by_turns(tokens: int, seed: str, depth: float | None):  # noqa
+def _by_turns(tokens: int, seed: str, depth: float | None) -> DemoPrompt:
+    """Two hops and one by turns."""
     return make_demo_prompt(tokens=tokens, hops=2 - int(seed.split()[-1]) % 2, seed=seed)
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_trimix.demo.prompts import make_demo_prompt
+from vllm_trimix.demo.trained_spec import MIN_RECORDS, repeats_of
 from vllm_trimix.demo.trained_task import draw_document, trained_vocabulary
 from vllm_trimix.evaluation import making, reach
 from vllm_trimix.evaluation.languages import ENGLISH, RECORDS, VAULT, trained_keys
-from vllm_trimix.evaluation.own_languages import records_within
 from vllm_trimix.evaluation.sample import Measure, Sample
 from vllm_trimix.evaluation.suites.base import Context, Suite, Unavailable
 from vllm_trimix.prompt_text import token_ids
@@ -78,22 +78,25 @@ def _vault(context: Context, length: int, count: int) -> list[Sample]:
 
 def _records(context: Context, length: int, count: int) -> list[Sample]:
     """Documents without a question, cut to the length."""
-    keys = trained_keys(context.tokenizer)
-    size = min(keys, records_within("documents", length, _ANSWER_TOKENS, keys) + 1)
+    keys, tokens = trained_keys(context.tokenizer), length - _ANSWER_TOKENS
+    sizes = range(MIN_RECORDS, keys + 1)
+    size = next((size for size in sizes if 1 + 2 * (size + repeats_of(size)) >= tokens), None)
+    if size is None:
+        most = 1 + 2 * (keys + repeats_of(keys)) + _ANSWER_TOKENS
+        raise ValueError(
+            f"documents: {length} tokens: the model's {keys} keys make documents up to {most}; take a shorter length"
+        )
     words = trained_vocabulary(keys)
     samples = []
     for _, index, seed in making.named(context, "documents", length, count):
         ids, _ = draw_document(random.Random(seed), records=size, keys=keys)
         text = " ".join(words[token] for token in ids)
-        prompt = tuple(token_ids(context.tokenizer, text))[: length - _ANSWER_TOKENS]
-        samples.append(_sample("documents", length, index, prompt))
+        samples.append(_sample("documents", length, index, tuple(token_ids(context.tokenizer, text)[:tokens])))
     return samples
 
 
 def _sample(task: str, length: int, index: int, prompt: tuple[int, ...], source: str = "own") -> Sample:
-    return Sample(
-        task, length, index, prompt, max_tokens=_ANSWER_TOKENS, measure=Measure.PERPLEXITY, source=source
-    )
+    return Sample(task, length, index, prompt, max_tokens=_ANSWER_TOKENS, measure=Measure.PERPLEXITY, source=source)
 
 
 PPL = Suite(
