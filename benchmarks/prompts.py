@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_trimix.demo.prompts import make_demo_prompt
+from vllm_trimix.prompt_text import draw_uuid, json_pairs
 
 RANDOM, KV_RETRIEVAL, DOCUMENT = KINDS = ("random", "kv-retrieval", "document")
 # The published speed test: lengths, pairs and the one asked for. It cuts what is longer, the question with it, warms up
@@ -63,12 +64,12 @@ def kv_retrieval(tokenizer: Any, length: int, seed: int) -> str:
     """
     generator = random.Random(seed)
     pairs = max(_PAIRS, length // _MIN_PAIR_TOKENS)
-    names = [str(uuid.UUID(int=generator.getrandbits(128), version=4)) for _ in range(2 * pairs)]
+    names = [draw_uuid(generator) for _ in range(2 * pairs)]
     gold = names[2 * _GOLD]
-    lines = ",\n ".join(f'"{key}": "{value}"' for key, value in zip(names[::2], names[1::2], strict=True))
+    data = json_pairs(zip(names[::2], names[1::2], strict=True))
     text = (
         "Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n"
-        f'{{{lines}}}\n\nKey: "{gold}"\nThe value associated with the specified key is: '
+        f'{data}\n\nKey: "{gold}"\nThe value associated with the specified key is: '
     )
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokenizer(gold).input_ids[1:2]:
         text = _UUID.sub(lambda match: _as_numbers(match[0]), text)

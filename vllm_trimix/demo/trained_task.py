@@ -62,7 +62,7 @@ def trained_vocabulary(keys: int) -> tuple[str, ...]:
 
 
 def make_trained_prompt(
-    *, records: int, seed: int, distance: int | None = None, keys: int = SIZES["small"].keys
+    *, records: int, seed: int | str, distance: int | None = None, keys: int = SIZES["small"].keys
 ) -> TrainedPrompt:
     """Writes the prompt that the seed names.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any
 
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.probing.gradient import Sample
+from vllm_trimix.prompt_text import NoRoom, draw_uuid, json_pairs, largest, templated, token_ids
 
-_KV_HEAD = "Extract the value corresponding to the specified key in the JSON object below.\n\n{"
-_KV_TAIL = '}}\n\nKey: "{key}"\nWhat is the value of this key? Give the value only.'
+_KV_HEAD = "Extract the value corresponding to the specified key in the JSON object below.\n\n"
+_KV_TAIL = '\n\nKey: "{key}"\nWhat is the value of this key? Give the value only.'
 _NEEDLE = "One of the special magic numbers for {city} is: {number}."
 _NEEDLE_TAIL = "\n\nWhat is the special magic number for {city} mentioned in the text above? Give the number only."
 _FILLER = (
@@ -66,8 +66,8 @@ def generate(
         ValueError: The length, which ``flag`` sets, leaves no room.
     """
     makers: dict[str, Callable[[random.Random, int], tuple[str, str]]] = {
-        "kv_retrieval": _kv_retrieval,
-        "multi_needle": _multi_needle,
+        "kv_retrieval": kv_retrieval,
+        "multi_needle": multi_needle,
     }
     return [
         _fit(tokenizer, kind, makers[kind], random.Random(f"{seed} {index}"), length, flag)
@@ -104,7 +104,7 @@ def read(path: Path, tokenizer: Any, *, answers: bool = True) -> list[Prompt]:
         if isinstance(entry.get("prompt"), str):
             text = entry["prompt"]
         elif isinstance(entry.get("messages"), list):
-            text = _templated(tokenizer, entry["messages"], where=where)
+            text = templated(tokenizer, entry["messages"], where=where)
         else:
             raise ValueError(f'{where}: neither "prompt" (a text) nor "messages" (a list), got {line[:80]}')
         prompts.append(_encode(tokenizer, "file", text, entry["answer"]))
@@ -174,33 +174,21 @@ def _fit(
         text, answer = make(rng, size)
         return _encode(tokenizer, kind, _asked(tokenizer, text), answer)
 
-    low = _NUM_NEEDLES
-    shortest, longer = (len(at(size).sample.prompt) for size in (low, 4 * low))
-    if shortest > length:
-        raise ValueError(f"{flag}: {length} tokens leave no room for a {kind} prompt; the shortest has {shortest}")
-    # Texts grow nearly evenly with their size: begin close to the answer, and bracket it.
-    guess = low + (length - shortest) * 3 * low // (longer - shortest)
-    step = max(1, guess // 64)
-    high = guess + step
-    while len(at(high).sample.prompt) <= length:
-        low, high = high, high + step
-        step *= 2
-    if guess - step > low and len(at(guess - step).sample.prompt) <= length:
-        low = guess - step
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if len(at(middle).sample.prompt) <= length else (low, middle)
-    return at(low)
+    try:
+        return at(largest(lambda size: len(at(size).sample.prompt), limit=length, low=_NUM_NEEDLES))
+    except NoRoom as error:
+        raise ValueError(f"{flag}: {length} tokens leave no room for a {kind} prompt; {error}") from None
 
 
-def _kv_retrieval(rng: random.Random, size: int) -> tuple[str, str]:
-    pairs = [(_uuid(rng), _uuid(rng)) for _ in range(size)]
+def kv_retrieval(rng: random.Random, size: int) -> tuple[str, str]:
+    """A JSON object of ``size`` pairs and a question for one of them, with the answer."""
+    pairs = [(draw_uuid(rng), draw_uuid(rng)) for _ in range(size)]
     key, value = pairs[rng.randrange(size // 4, size - size // 4)]
-    body = ",\n ".join(f'"{k}": "{v}"' for k, v in pairs)
-    return _KV_HEAD + body + _KV_TAIL.format(key=key), value
+    return _KV_HEAD + json_pairs(pairs) + _KV_TAIL.format(key=key), value
 
 
-def _multi_needle(rng: random.Random, size: int) -> tuple[str, str]:
+def multi_needle(rng: random.Random, size: int) -> tuple[str, str]:
+    """``size`` filler sentences with eight needles and a question for one of them, with the answer."""
     sentences = [rng.choice(_FILLER) for _ in range(size)]
     cities = rng.sample(_CITIES, _NUM_NEEDLES)
     numbers = [str(number) for number in rng.sample(range(1_000_000, 10_000_000), _NUM_NEEDLES)]
@@ -212,31 +200,15 @@ def _multi_needle(rng: random.Random, size: int) -> tuple[str, str]:
     return " ".join(sentences) + _NEEDLE_TAIL.format(city=cities[asked]), numbers[asked]
 
 
-def _uuid(rng: random.Random) -> str:
-    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
-
-
 def _asked(tokenizer: Any, text: str) -> str:
     """The text as a user's turn where the tokenizer has a chat template, with the start of the answer."""
     if getattr(tokenizer, "chat_template", None):
-        return _templated(tokenizer, [{"role": "user", "content": text}], where="chat template")
+        return templated(tokenizer, [{"role": "user", "content": text}], where="chat template")
     return text + "\nAnswer: "
 
 
-def _templated(tokenizer: Any, messages: list[Any], *, where: str) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(f'{where}: this tokenizer has no chat template for "messages"; give the text as "prompt"')
-    try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:
-        raise ValueError(f"{where}: the tokenizer's chat template refuses it: {error}") from None
-    return text
-
-
 def _encode(tokenizer: Any, kind: str, text: str, answer: str) -> Prompt:
-    # A template brings its own special tokens.
-    bos = getattr(tokenizer, "bos_token", None)
-    tokens = tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids
+    tokens = token_ids(tokenizer, text)
     answer_tokens = tokenizer(answer, add_special_tokens=False).input_ids
     return Prompt(kind, text, answer, Sample(tuple(tokens), tuple(answer_tokens)))
 

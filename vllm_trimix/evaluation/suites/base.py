@@ -29,6 +29,7 @@ class Context:
         depths: Where answers lie, 0 to 1, for tasks that vary it.
         prompts: The user's file of prompts, for ``agreement``.
         text: The user's text file, for ``ppl``.
+        notes: What the makers have to tell the user, e.g. what was left out; see ``note``.
     """
 
     tokenizer: Any
@@ -38,6 +39,12 @@ class Context:
     depths: tuple[float, ...] = ()
     prompts: Path | None = None
     text: Path | None = None
+    notes: list[str] = field(default_factory=list, compare=False)
+
+    def note(self, text: str) -> None:
+        """Adds to the notes what isn't among them."""
+        if text not in self.notes:
+            self.notes.append(text)
 
 
 MakeSamples = Callable[[Context, int, int], list[Sample]]

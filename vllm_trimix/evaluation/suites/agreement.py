@@ -1,0 +1,99 @@
+"""Agreement with dense attention: greedy answers and distributions, whatever the right answer would be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from vllm_trimix.demo.prompts import DemoPrompt, make_demo_prompt
+from vllm_trimix.evaluation import haystack, making
+from vllm_trimix.evaluation.languages import ENGLISH, RECORDS, VAULT
+from vllm_trimix.evaluation.making import Asked, Write, generator
+from vllm_trimix.evaluation.own_languages import ANSWER_TOKENS, records, vault
+from vllm_trimix.evaluation.sample import Measure, Sample
+from vllm_trimix.evaluation.suites.base import Context, MakeSamples, Suite
+
+_MAX_TOKENS = 16
+_SUMMARY = "\n\nSummarise the text above in three sentences."
+
+
+def _drawn(kind: str) -> Write:
+    """The probe's prompts of a kind."""
+
+    def write(seed: str, size: int, depth: float | None) -> Asked:
+        from vllm_trimix.probing import prompts
+
+        text, _ = getattr(prompts, kind)(generator(seed, kind), size)
+        return Asked(text, (), "Answer:", delimiter="\n")
+
+    return write
+
+
+def _summary(seed: str, size: int, depth: float | None) -> Asked:
+    return Asked(" ".join(haystack.prose(generator(seed, "prose"), size)) + _SUMMARY, (), "Summary:", delimiter="\n")
+
+
+_KINDS: tuple[Write, ...] = (_drawn("kv_retrieval"), _drawn("multi_needle"), _summary)
+
+
+def _prompts(context: Context, length: int, count: int) -> list[Sample]:
+    """The user's, or retrieval from pairs and from prose, and summaries, by turns."""
+    if context.prompts is not None:
+        return _given(context, context.prompts, length, count)
+
+    def write(seed: str, size: int, depth: float | None) -> Asked:
+        return _KINDS[int(seed.split()[-1]) % len(_KINDS)](seed, size, depth)
+
+    return making.fill(
+        context, "prompts", length, count, write, least=8, max_tokens=_MAX_TOKENS, measure=Measure.AGREEMENT
+    )
+
+
+def _given(context: Context, path: Path, length: int, count: int) -> list[Sample]:
+    """The file's prompts that the length holds; nothing is said of their answers."""
+    from vllm_trimix.probing import prompts
+
+    read = [prompt.sample.prompt for prompt in prompts.read(path, context.tokenizer, answers=False)]
+    samples = [
+        Sample("prompts", length, index, prompt, max_tokens=_MAX_TOKENS, measure=Measure.AGREEMENT, source=path.name)
+        for index, prompt in enumerate(read)
+        if len(prompt) + _MAX_TOKENS <= length
+    ]
+    shortest = min(map(len, read)) + _MAX_TOKENS
+    if not samples:
+        raise ValueError(f"prompts: {length} tokens hold none of {path}: the shortest and its answer take {shortest}")
+    if len(samples) < len(read):
+        context.note(f"prompts: {len(read) - len(samples)} of {len(read)} in {path} are longer than {length} tokens")
+    return samples[:count]
+
+
+def _compared(make: MakeSamples) -> MakeSamples:
+    """The same prompts, compared instead of scored."""
+
+    def compared(context: Context, length: int, count: int) -> list[Sample]:
+        # An answer takes more room here: the documents are those of a shorter length.
+        return [
+            replace(
+                sample, length=length, references=(), metric="all", max_tokens=_MAX_TOKENS, measure=Measure.AGREEMENT
+            )
+            for sample in make(context, length - _MAX_TOKENS + ANSWER_TOKENS, count)
+        ]
+
+    return compared
+
+
+def _by_turns(tokens: int, seed: str, depth: float | None) -> DemoPrompt:
+    """Two hops and one by turns."""
+    return make_demo_prompt(tokens=tokens, hops=2 - int(seed.split()[-1]) % 2, seed=seed)
+
+
+AGREEMENT = Suite(
+    name="agreement",
+    summary="agreement with dense attention on your prompts (--prompts FILE) or generated ones",
+    tasks={
+        ENGLISH: {"prompts": _prompts},
+        VAULT: {"prompts": _compared(vault("prompts", _by_turns))},
+        RECORDS: {"prompts": _compared(records("prompts"))},
+    },
+    samples=50,
+)
