@@ -174,6 +174,7 @@ def make_report(folder: Path, outcome: Outcome, answers: Answers, prompts: Promp
         answers=list(answers),
         samples=outcome.samples,
         unavailable=prompts.unavailable,
+        notes=prompts.notes,
         failures=outcome.failures,
         command="vllm-trimix eval mine m",
     )

@@ -167,6 +167,7 @@ def _finish(
         answers=mine,
         samples=outcome.samples,
         unavailable=prompts.unavailable,
+        notes=prompts.notes,
         failures=outcome.failures,
         command=hf_model.command(args, positional=("suite", "model")),
     )

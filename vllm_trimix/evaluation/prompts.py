@@ -43,6 +43,11 @@ class Prompts:
         self._kept_tokens = 0
         self.unavailable: dict[str, str] = {}
 
+    @property
+    def notes(self) -> list[str]:
+        """What the suite has to say of them."""
+        return self._context.notes
+
     def cells(self) -> Iterator[Cell]:
         """Short prompts first: what is wrong shows early."""
         for length in self._lengths:

@@ -34,6 +34,7 @@ class Evaluation:
         answers: Of this evaluation alone.
         samples: Names of the samples and their digests.
         unavailable: Why a task has no samples, by task.
+        notes: What the suite has to say of its prompts.
         failures: Why a configuration was given up.
         command: How to repeat it.
     """
@@ -48,6 +49,7 @@ class Evaluation:
     answers: Sequence[Answer]
     samples: dict[str, str]
     unavailable: dict[str, str]
+    notes: Sequence[str]
     failures: dict[str, str]
     command: str
 
@@ -116,6 +118,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
         },
         "cells": [result.as_json() for result in evaluation.results],
         "unavailable": evaluation.unavailable,
+        "notes": list(evaluation.notes),
         "failures": evaluation.failures,
         "failed": [
             {"configuration": answer.configuration, "sample": answer.sample, "error": answer.error}
@@ -170,6 +173,7 @@ def _warnings(evaluation: Evaluation) -> list[str]:
         lines.append(f"**{task} was left out**: {why}")
     for name, why in evaluation.failures.items():
         lines.append(f"**{name} was given up**: {why}")
+    lines += evaluation.notes
     failed = evaluation.failed
     if failed:
         lines.append(f"**{len(failed)} prompts have no answer** and are left out of both sides:")

@@ -104,4 +104,6 @@ PPL = Suite(
     summary="perplexity of long texts: --text FILE, or PG-19's books",
     tasks={ENGLISH: {"documents": _documents}, VAULT: {"documents": _vault}, RECORDS: {"documents": _records}},
     samples=10,
+    # Without it prompt rows are scored densely.
+    entry={"prompt_logprobs": "triangle"},
 )
