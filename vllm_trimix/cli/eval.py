@@ -77,6 +77,13 @@ def run(args: argparse.Namespace) -> int:
             f"SUITE: {args.suite!r} is not a suite{_near(args.suite, SUITES)}; there are {', '.join(SUITES)}"
         )
     suite = SUITES[args.suite]
+    for flag, value, reader in (
+        ("--prompts", args.prompts, "agreement"),
+        ("--text", args.text, "ppl"),
+        ("--depths", args.depths, "niah"),
+    ):
+        if value is not None and suite.name != reader:
+            raise ValueError(f"{flag}: {value}: only the suite {reader} reads it; leave it out for {suite.name}")
     args.device, args.dtype = "cpu", "auto"
     source = hf_model.find(args)
     del args.device, args.dtype
@@ -122,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
         "asked": f"the server at {args.server}" if args.server else "one engine after the other",
     }
     _say(f"{', '.join(tasks)} at {', '.join(map(str, lengths))} tokens, {samples} of each; making prompts")
-    with hf_model.Bars() as bars:
+    with hf_model.Bars("prompt") as bars:
         try:
             outcome = ask_all(
                 configurations, prompts, answers, start=start, concurrency=args.concurrency, progress=bars.update
@@ -238,16 +245,18 @@ def _configurations(args: argparse.Namespace, source: hf_model.Source, needed: A
     """All configurations, each checked against the model before an engine is started."""
     import dataclasses
 
-    from vllm_trimix.evaluation import ablations, configurations
+    from vllm_trimix.evaluation import ablations, askers, configurations
 
     base = configurations.read_entry("--trimix", args.trimix)
     found = configurations.parse(args.configs, base, args.config)
     if args.server:
-        if args.ablation or args.config or args.trimix != "{}" or args.flags:
+        unfit = [c.name for c in found if c.name not in (configurations.STOCK, configurations.TRIMIX)]
+        if unfit or args.ablation or args.config or args.trimix != "{}" or args.flags:
             raise ValueError(
-                "--server: a running server has its configuration already: leave out --trimix, --config, --ablation "
-                "and engine flags, or leave out --server"
+                "--server: a running server has its configuration already: compare stock and trimix on it, without "
+                "--trimix, --config, --ablation and engine flags, or leave out --server"
             )
+        askers.connect(args.server, args.served)
         return found
     if args.ablation:
         order = ablations.read_order(args.probe) if args.probe else None

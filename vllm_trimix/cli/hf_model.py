@@ -115,9 +115,14 @@ def command(args: argparse.Namespace, *, positional: tuple[str, ...] = ("model",
 
 
 class Bars:
-    """A progress bar a phase, on stderr."""
+    """A progress bar a phase, on stderr.
 
-    def __init__(self) -> None:
+    Attributes:
+        unit: What is counted.
+    """
+
+    def __init__(self, unit: str = "pass") -> None:
+        self.unit = unit
         self._name = ""
         self._bar: Any = None
 
@@ -137,5 +142,5 @@ class Bars:
 
         if name != self._name:
             self.__exit__(None)
-            self._name, self._bar = name, tqdm(total=total, desc=name, unit="pass")
+            self._name, self._bar = name, tqdm(total=total, desc=name, unit=self.unit)
         self._bar.update(done - self._bar.n)

@@ -114,6 +114,48 @@ def _rows(log: str) -> dict[str, int]:
     return dict(rows)
 
 
+def connect(url: str, model: str | None) -> tuple[Any, str]:
+    """A client of a server that runs TRIMIX, and the model's name there.
+
+    Args:
+        url: E.g. ``http://localhost:8000``.
+        model: As the server calls it; None for the only one that it has.
+
+    Raises:
+        ValueError: Nobody answers, no such model, or a server without TRIMIX.
+    """
+    import openai
+
+    base = url.rstrip("/").removesuffix("/v1")
+    # Not repeated: a repeated request's time would be that of two.
+    client = openai.OpenAI(base_url=f"{base}/v1", api_key=_key(), max_retries=0, timeout=3600)
+    try:
+        served = [entry.id for entry in client.models.list()]
+        if model is not None and model not in served:
+            raise ValueError(f"--served: {url} serves {', '.join(served)}, not {model!r}; name one of them")
+        model = model or served[0]
+        _check_plugin(client, url, model)
+    except openai.OpenAIError as error:
+        raise ValueError(f"--server: {url}: {_reason(error)}") from None
+    return client, model
+
+
+def _check_plugin(client: Any, url: str, model: str) -> None:
+    """A stock server takes no notice of the opt-out: both configurations would be one, and look lossless."""
+    import openai
+
+    wrong = {"vllm_xargs": {"trimix": "vllm-trimix-eval"}}
+    try:
+        client.completions.create(model=model, prompt="a", max_tokens=1, extra_body=wrong)
+    except openai.BadRequestError as error:
+        if "trimix" not in str(error):
+            raise
+    else:
+        raise ValueError(
+            f"--server: {url} doesn't run TRIMIX: start it with --attention-backend TRIMIX, or leave --server out"
+        )
+
+
 class ServerAsker:
     """A running server; the configuration is what its requests ask for."""
 
@@ -126,27 +168,10 @@ class ServerAsker:
             model: As the server calls it; None for the only one that it has.
 
         Raises:
-            ValueError: Nobody answers, no such model, or a configuration that a running server can't take.
+            ValueError: Nobody answers, or no such model.
         """
-        import openai
-
-        if configuration.name not in (STOCK, TRIMIX) or (configuration.name == TRIMIX and configuration.entry):
-            raise ValueError(
-                f"--server: {configuration.name!r}: a running server has its configuration already; compare {STOCK} "
-                f"and {TRIMIX} on it, or leave --server out"
-            )
         self._wants = {STOCK: "off", TRIMIX: "on"}[configuration.name]
-        base = url.rstrip("/").removesuffix("/v1")
-        # Not repeated: a repeated request's time would be that of two.
-        self._client = openai.OpenAI(base_url=f"{base}/v1", api_key=_key(), max_retries=0, timeout=3600)
-        try:
-            served = [entry.id for entry in self._client.models.list()]
-        except openai.OpenAIError as error:
-            raise ValueError(f"--server: {url}: {_reason(error)}") from None
-        if model is not None and model not in served:
-            raise ValueError(f"--server: {url} serves {', '.join(served)}, not {model!r}; name one of them by --served")
-        self._model = model or served[0]
-        self._check_plugin(url)
+        self._client, self._model = connect(url, model)
         self.facts: dict[str, Any] = {"server": url, "served": self._model, "resolved": None}
 
     def __enter__(self) -> ServerAsker:
@@ -154,24 +179,6 @@ class ServerAsker:
 
     def __exit__(self, *_: object) -> None:
         self._client.close()
-
-    def _check_plugin(self, url: str) -> None:
-        """A stock server takes no notice of the opt-out: both configurations would be one, and look lossless."""
-        import openai
-
-        try:
-            self._client.completions.create(
-                model=self._model, prompt="a", max_tokens=1, extra_body={"vllm_xargs": {"trimix": "vllm-trimix-eval"}}
-            )
-        except openai.BadRequestError as error:
-            if "trimix" in str(error):
-                return
-            raise ValueError(f"--server: {url}: {_reason(error)}") from None
-        except openai.OpenAIError as error:
-            raise ValueError(f"--server: {url}: {_reason(error)}") from None
-        raise ValueError(
-            f"--server: {url} doesn't run TRIMIX: start it with --attention-backend TRIMIX, or leave --server out"
-        )
 
     def ask(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
         """As ``Asker.ask``; a request that the server refuses is answered with the key ``error``."""

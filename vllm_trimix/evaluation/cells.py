@@ -34,6 +34,7 @@ class Result:
         n: Answered samples that stock answered too.
         failed: Samples without an answer.
         score: Mean; for perplexity the mean negative log-likelihood in nats a token.
+        baseline: The same of stock on these samples.
         difference: To stock on the same samples, better when higher (perplexity's sign is turned); None for stock.
         seconds: Median time to the first token, or None.
         ratio: Median ratio of that time to stock's on the same sample, or None.
@@ -53,6 +54,7 @@ class Result:
     n: int
     failed: int
     score: float | None
+    baseline: float | None = None
     difference: Difference | None = None
     seconds: float | None = None
     ratio: float | None = None
@@ -132,6 +134,7 @@ def _result(
         n=len(pairs),
         failed=len(answers) - len(good),
         score=statistics.fmean(scores) if scores else None,
+        baseline=statistics.fmean(baseline) if baseline else None,
         difference=difference(any_answer.measure, scores, baseline) if other else None,
         seconds=statistics.median(times) if times else None,
         ratio=statistics.median(ratios) if other and ratios else None,

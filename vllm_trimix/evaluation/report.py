@@ -258,7 +258,7 @@ def _row(result: Result, stock: Result | None, agreement: bool) -> str:
         result.task,
         str(result.length),
         str(result.n),
-        score(stock.score) if stock and stock.score is not None else "",
+        score(result.baseline) if result.baseline is not None else "",
         score(result.score) if result.score is not None else "",
         "" if by is None else (_nats_interval(by) if perplexity else _interval(by)),
         "" if by is None else by.verdict,

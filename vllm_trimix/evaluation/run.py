@@ -57,7 +57,9 @@ def run(
     outcome = Outcome()
     for configuration in configurations:
         answers.check_settings(configuration.name, configuration.settings)
-    for cell in prompts.cells():
+    cells = list(prompts.cells())
+    for number, cell in enumerate(cells):
+        progress("making prompts", number, len(cells))
         outcome.samples.update({sample.name: sample.digest for sample in prompts.samples(cell)})
     total = len(outcome.samples)
     for configuration in configurations:

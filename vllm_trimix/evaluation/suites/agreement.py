@@ -71,6 +71,8 @@ def _compared(make: MakeSamples) -> MakeSamples:
     """The same prompts, compared instead of scored."""
 
     def compared(context: Context, length: int, count: int) -> list[Sample]:
+        if context.prompts is not None:
+            return _given(context, context.prompts, length, count)
         # An answer takes more room here: the documents are those of a shorter length.
         return [
             replace(

@@ -69,6 +69,8 @@ def _read(path: Path) -> str:
 
 def _vault(context: Context, length: int, count: int) -> list[Sample]:
     """One-hop documents with their question."""
+    if context.text is not None:
+        return _documents(context, length, count)
     samples = []
     for _, index, seed in making.named(context, "documents", length, count):
         text = make_demo_prompt(tokens=length - _ANSWER_TOKENS, hops=1, seed=seed).prompt
@@ -78,6 +80,8 @@ def _vault(context: Context, length: int, count: int) -> list[Sample]:
 
 def _records(context: Context, length: int, count: int) -> list[Sample]:
     """Documents without a question, cut to the length."""
+    if context.text is not None:
+        return _documents(context, length, count)
     keys, tokens = trained_keys(context.tokenizer), length - _ANSWER_TOKENS
     sizes = range(MIN_RECORDS, keys + 1)
     size = next((size for size in sizes if 1 + 2 * (size + repeats_of(size)) >= tokens), None)
