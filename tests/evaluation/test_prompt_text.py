@@ -16,11 +16,11 @@ from vllm_trimix.evaluation.languages import LANGUAGES, detect, trained_keys
 from vllm_trimix.prompt_text import NoRoom, largest
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.integers(0, 1000), st.integers(1, 40), st.integers(1, 8), st.integers(50, 40_000))
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 40), st.integers(1, 8), st.integers(50, 4000))
 def test_the_largest_that_fits(seed: int, widest: int, low: int, limit: int) -> None:
     rng = random.Random(seed)
-    ends = list(itertools.accumulate((rng.randint(1, widest) for _ in range(60_000)), initial=40))
+    ends = list(itertools.accumulate((rng.randint(1, widest) for _ in range(6000)), initial=40))
     if ends[low] > limit:
         with pytest.raises(NoRoom, match=f"the shortest has {ends[low]}"):
             largest(ends.__getitem__, limit=limit, low=low)
@@ -32,7 +32,7 @@ def test_the_largest_that_fits(seed: int, widest: int, low: int, limit: int) -> 
 
 def test_few_long_texts_are_made() -> None:
     read = []
-    for seed in range(50):
+    for seed in range(20):
         rng = random.Random(seed)
         ends = list(itertools.accumulate((rng.randint(5, 15) for _ in range(20_000)), initial=40))
         lengths: list[int] = []

@@ -134,7 +134,7 @@ def test_records_lie_at_their_depth(task: str) -> None:
         assert sample.depth is not None
         assert abs(record / length - sample.depth * reach) < 0.01
         if task == "two_hop":
-            alias = next(i for i, word in enumerate(found) if word == "matches" and found[i - 1] == found[-2])
+            alias = next(i + 1 for i, word in enumerate(found) if word == "matches" and found[i - 1] == found[-2])
             assert alias - record > Triangle.n_local + Triangle.last_n
             assert alias < len(found) - Triangle.last_n
     assert [s.depth for s in made(VAULT, "niah", task, length, 1, depths=(0.25, 0.75))] == [0.25, 0.75]
@@ -156,10 +156,6 @@ def test_perplexity_and_agreement_need_no_reference() -> None:
         assert (len(text.prompt), text.max_tokens, text.measure, text.references) == (999, 1, Measure.PERPLEXITY, ())
         [compared] = made(language, "agreement", "prompts", 1000, 1)
         assert (compared.max_tokens, compared.measure, compared.references) == (16, Measure.AGREEMENT, ())
-    hops = [
-        "matches" in STATEMENT.findall(" ".join(words(s))) or s for s in made(VAULT, "agreement", "prompts", 1000, 2)
-    ]
-    assert len(hops) == 2
 
 
 def test_hops_come_by_turns() -> None:

@@ -217,9 +217,11 @@ def _module(kind: str) -> Any:
     download = nltk.download
     nltk.download = lambda *_, **__: False
     try:
-        module = importlib.import_module(f"lm_eval.tasks.ruler.{kind}_utils")
-        if kind == "niah":
-            module.prepare_niah = importlib.import_module("lm_eval.tasks.ruler.prepare_niah")  # type: ignore[attr-defined]
+        # Some of what it imports seeds or draws.
+        with _kept():
+            module = importlib.import_module(f"lm_eval.tasks.ruler.{kind}_utils")
+            if kind == "niah":
+                module.prepare_niah = importlib.import_module("lm_eval.tasks.ruler.prepare_niah")  # type: ignore[attr-defined]
     finally:
         nltk.download = download
     return module
@@ -230,16 +232,26 @@ def _seeded(seed: str) -> Iterator[None]:
     """Seeds every generator that lm-eval draws from, and leaves them as they were."""
     import numpy
 
-    own = [_module("cwe").RNG]
-    states = random.getstate(), numpy.random.get_state(), [rng.getstate() for rng in own]
-    random.seed(seed)
-    numpy.random.seed(random.getrandbits(32))
-    for rng in own:
-        rng.seed(seed)
+    own = _module("cwe").RNG
+    with _kept():
+        state = own.getstate()
+        random.seed(seed)
+        numpy.random.seed(random.getrandbits(32))
+        own.seed(seed)
+        try:
+            yield
+        finally:
+            own.setstate(state)
+
+
+@contextmanager
+def _kept() -> Iterator[None]:
+    """Leaves the process's generators as they were."""
+    import numpy
+
+    states = random.getstate(), numpy.random.get_state()
     try:
         yield
     finally:
         random.setstate(states[0])
         numpy.random.set_state(states[1])
-        for rng, state in zip(own, states[2], strict=True):
-            rng.setstate(state)
