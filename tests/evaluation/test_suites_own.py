@@ -211,6 +211,7 @@ def answered(model: Any, tokenizer: Any, samples: list[Sample]) -> float:
     return sum(scores) / len(scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("suite", "task"), [(s, t) for language, s, t in CASES if language == VAULT and s in ("ruler", "niah", "retrieval")]
 )

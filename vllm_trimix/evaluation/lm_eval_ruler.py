@@ -212,18 +212,19 @@ def _questions(task: str) -> tuple[list[dict[str, Any]], list[str]]:
 @cache
 def _module(kind: str) -> Any:
     """One of lm-eval's, imported when it is needed: that takes seconds, and tries to fetch data."""
-    import nltk
+    # nltk and some of what lm-eval imports draw or seed.
+    with _kept():
+        import nltk
 
-    download = nltk.download
-    nltk.download = lambda *_, **__: False
-    try:
-        # Some of what it imports seeds or draws.
-        with _kept():
+        download = nltk.download
+        nltk.download = lambda *_, **__: False
+        try:
             module = importlib.import_module(f"lm_eval.tasks.ruler.{kind}_utils")
             if kind == "niah":
-                module.prepare_niah = importlib.import_module("lm_eval.tasks.ruler.prepare_niah")  # type: ignore[attr-defined]
-    finally:
-        nltk.download = download
+                prepare = importlib.import_module("lm_eval.tasks.ruler.prepare_niah")
+                module.prepare_niah = prepare  # type: ignore[attr-defined]
+        finally:
+            nltk.download = download
     return module
 
 
