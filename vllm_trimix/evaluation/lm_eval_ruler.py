@@ -212,16 +212,19 @@ def _questions(task: str) -> tuple[list[dict[str, Any]], list[str]]:
 @cache
 def _module(kind: str) -> Any:
     """One of lm-eval's, imported when it is needed: that takes seconds, and tries to fetch data."""
-    import nltk
+    # nltk and some of what lm-eval imports draw or seed.
+    with _kept():
+        import nltk
 
-    download = nltk.download
-    nltk.download = lambda *_, **__: False
-    try:
-        module = importlib.import_module(f"lm_eval.tasks.ruler.{kind}_utils")
-        if kind == "niah":
-            module.prepare_niah = importlib.import_module("lm_eval.tasks.ruler.prepare_niah")  # type: ignore[attr-defined]
-    finally:
-        nltk.download = download
+        download = nltk.download
+        nltk.download = lambda *_, **__: False
+        try:
+            module = importlib.import_module(f"lm_eval.tasks.ruler.{kind}_utils")
+            if kind == "niah":
+                prepare = importlib.import_module("lm_eval.tasks.ruler.prepare_niah")
+                module.prepare_niah = prepare  # type: ignore[attr-defined]
+        finally:
+            nltk.download = download
     return module
 
 
@@ -230,16 +233,26 @@ def _seeded(seed: str) -> Iterator[None]:
     """Seeds every generator that lm-eval draws from, and leaves them as they were."""
     import numpy
 
-    own = [_module("cwe").RNG]
-    states = random.getstate(), numpy.random.get_state(), [rng.getstate() for rng in own]
-    random.seed(seed)
-    numpy.random.seed(random.getrandbits(32))
-    for rng in own:
-        rng.seed(seed)
+    own = _module("cwe").RNG
+    with _kept():
+        state = own.getstate()
+        random.seed(seed)
+        numpy.random.seed(random.getrandbits(32))
+        own.seed(seed)
+        try:
+            yield
+        finally:
+            own.setstate(state)
+
+
+@contextmanager
+def _kept() -> Iterator[None]:
+    """Leaves the process's generators as they were."""
+    import numpy
+
+    states = random.getstate(), numpy.random.get_state()
     try:
         yield
     finally:
         random.setstate(states[0])
         numpy.random.set_state(states[1])
-        for rng, state in zip(own, states[2], strict=True):
-            rng.setstate(state)
