@@ -30,11 +30,13 @@ class Rendered:
     Attributes:
         title: Its first heading, if it has one at the top or of the first level; that is not in the HTML.
         html: The rest, safe to stand in a page.
+        pictures: Data URIs of the pictures in it.
         notes: What is not shown, and why.
     """
 
     title: str | None
     html: str
+    pictures: set[str]
     notes: list[str]
 
 
@@ -56,8 +58,10 @@ def render(text: str, folder: Path) -> Rendered:
     _align(tokens)
     for token in tokens:
         _restrict_links(token.children or ())
+    pictures: set[str] = set()
     notes: list[str] = []
-    return Rendered(title, parser.renderer.render(tokens, parser.options, {"folder": folder, "notes": notes}), notes)
+    seen = {"folder": folder, "pictures": pictures, "notes": notes}
+    return Rendered(title, parser.renderer.render(tokens, parser.options, seen), pictures, notes)
 
 
 def _take_title(tokens: list[Token]) -> str | None:
@@ -118,6 +122,7 @@ def _image(renderer: Any, tokens: Sequence[Token], index: int, options: Any, env
         note = f"picture {source!r} {why}"
         env["notes"].append(note)
         return f'<span class="note">{html.escape(note)}</span>'
+    env["pictures"].add(uri)
     return f'<img src="{uri}" alt="{html.escape(alt)}">'
 
 

@@ -7,13 +7,15 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from vllm_trimix.reporting.facts import facts, summary
-from vllm_trimix.reporting.markdown import render
+from vllm_trimix.reporting.markdown import Rendered, render
 from vllm_trimix.reporting.overlays import View, view
+from vllm_trimix.reporting.pictures import NotShown, data_uri
 from vllm_trimix.reporting.sources import Data, Result
 
 GENERATOR = '<meta name="generator" content="vllm-trimix report">'
@@ -60,6 +62,7 @@ class Section:
         label: Its path.
         summary: Hardware, date and commit.
         pages: Its Markdown as HTML.
+        pictures: Those of its pictures that its Markdown doesn't show: name and data URI.
         views: JSON file -> tables; only without Markdown.
         facts: Where it comes from.
         raw: Its JSON.
@@ -70,6 +73,7 @@ class Section:
     label: str
     summary: str
     pages: list[Markup]
+    pictures: list[tuple[str, str]]
     views: list[tuple[str, View]]
     facts: list[Facts]
     raw: list[Raw]
@@ -84,6 +88,7 @@ def section(result: Result) -> Section:
     """
     texts = [(result.folder / name).read_bytes().decode("utf-8-sig", "replace") for name in result.pages]
     pages = [render(text, result.folder) for text in texts]
+    pictures, unseen = _other_pictures(result, pages)
     known = _facts(result.data)
     return Section(
         title=next((page.title for page in pages if page.title), result.name),
@@ -91,11 +96,27 @@ def section(result: Result) -> Section:
         summary=next(filter(None, (summary(item.found) for item in known)), ""),
         # Safe by markdown.render; everything else is escaped by the template.
         pages=[Markup(page.html) for page in pages],
+        pictures=pictures,
         views=[] if pages else [(item.name, view(item.value)) for item in result.data],
         facts=known,
         raw=[Raw(item.name, item.text[:MAX_LETTERS], len(item.text)) for item in result.data],
-        notes=[*result.notes, *(note for page in pages for note in page.notes)],
+        notes=list(dict.fromkeys([*result.notes, *(note for page in pages for note in page.notes), *unseen])),
     )
+
+
+def _other_pictures(result: Result, pages: Sequence[Rendered]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Pictures of a folder that no Markdown shows, and what can't be shown of them."""
+    found, notes = [], []
+    shown = {uri for page in pages for uri in page.pictures}
+    for name in result.pictures:
+        try:
+            uri = data_uri(quote(name), result.folder)
+        except NotShown as why:
+            notes.append(f"picture {name!r} {why}")
+            continue
+        if uri not in shown:
+            found.append((name, uri))
+    return found, notes
 
 
 def _facts(data: Sequence[Data]) -> list[Facts]:

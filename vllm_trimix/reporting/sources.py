@@ -20,6 +20,7 @@ _LOOKS = (
     "a result is a folder with a report in Markdown, or JSON that names its 'environment' or 'provenance', as "
     "vllm-trimix calibrate, eval, probe and search and the benchmarks write them"
 )
+_PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
 _MARKS = ("environment", "provenance", "versions")
 
 
@@ -56,6 +57,7 @@ class Result:
         label: Its path, seen from the folder above the one that was named.
         folder: Where its files lie; nothing outside is read.
         pages: Markdown files' names.
+        pictures: Picture files' names.
         data: JSON files.
         notes: What was left out, and why.
     """
@@ -63,6 +65,7 @@ class Result:
     label: str
     folder: Path
     pages: tuple[str, ...] = ()
+    pictures: tuple[str, ...] = ()
     data: tuple[Data, ...] = ()
     notes: list[str] = field(default_factory=list)
 
@@ -127,7 +130,8 @@ def _folder(folder: Path, label: str, names: Sequence[str]) -> Result | None:
     data = [item for item in (_load(folder / name) for name in files) if not item.is_progress]
     if not pages and not any(item.is_result for item in data):
         return None
-    return Result(label, folder, tuple(pages), tuple(data), notes)
+    pictures = [name for name in names if name.lower().endswith(_PICTURES) and _is_ours(folder, name, notes)]
+    return Result(label, folder, tuple(pages), tuple(pictures), tuple(data), notes)
 
 
 def _is_ours(folder: Path, name: str, notes: list[str]) -> bool:

@@ -13,6 +13,7 @@ MAX_ROWS = 200
 MAX_COLUMNS = 24
 MAX_TABLES = 40
 MAX_LETTERS = 200
+MAX_DEPTH = 4
 _MAX_LISTED = 6
 
 _NUMBER = re.compile(r"[<>~±+-]?\s*\.?\d")
@@ -63,11 +64,11 @@ def tables_of(value: Any, *, without: Sequence[str] = ()) -> list[Table]:
     return found
 
 
-def _tables(title: str, value: Any, without: Sequence[str] = ()) -> Iterator[Table]:
+def _tables(title: str, value: Any, without: Sequence[str] = (), depth: int = 0) -> Iterator[Table]:
     if _is_list_of_objects(value):
         yield _of_objects(title, value)
         return
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or depth == MAX_DEPTH:
         yield Table(title, [], [["", cell(value)]])
         return
     nested = {key: item for key, item in value.items() if isinstance(item, dict) or _is_list_of_objects(item)}
@@ -77,7 +78,7 @@ def _tables(title: str, value: Any, without: Sequence[str] = ()) -> Iterator[Tab
     for key, item in nested.items():
         name = f"{title}.{key}" if title else key
         if key not in without:
-            yield from _tables(name, item)
+            yield from _tables(name, item, depth=depth + 1)
         elif isinstance(item, dict):
             yield from (_of_objects(f"{name}.{k}", v) for k, v in item.items() if _is_list_of_objects(v))
 
