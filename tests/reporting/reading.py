@@ -57,6 +57,9 @@ class Page(HTMLParser):
         elif tag == "pre":
             self.pre.append("")
 
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        raise AssertionError(f"<{tag} /> is XHTML")
+
     def handle_endtag(self, tag: str) -> None:
         assert self._open, f"</{tag}> closes nothing"
         assert self._open.pop() == tag

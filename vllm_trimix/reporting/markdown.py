@@ -47,7 +47,7 @@ def render(text: str, folder: Path) -> Rendered:
         text: Markdown.
         folder: Where it lies, with its pictures.
     """
-    parser = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
+    parser = MarkdownIt("commonmark", {"html": False, "xhtmlOut": False}).enable(["table", "strikethrough"])
     for name in ("image", "table_open", "table_close"):
         parser.add_render_rule(name, _RULES[name])
     tokens = parser.parse(text)
