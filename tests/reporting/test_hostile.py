@@ -296,7 +296,7 @@ _WORDS = st.sampled_from(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(value=_JSON, block=_JSON, words=st.lists(_WORDS, max_size=40), with_markdown=st.booleans())
 def test_any_markdown_and_json(
     value: object, block: object, words: list[str], with_markdown: bool, tmp_path: Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from vllm_trimix.reporting.facts import facts, summary
@@ -134,6 +135,13 @@ def _facts(data: Sequence[Data]) -> list[Facts]:
 
 def html(sections: Sequence[Section]) -> bytes:
     """The page. The same sections give the same bytes."""
+    page = _template().render(sections=sections, generator=Markup(GENERATOR), max_letters=MAX_LETTERS)
+    # File names and JSON may hold half of a pair of surrogates, which UTF-8 has not.
+    return page.encode("utf-8", "backslashreplace")
+
+
+@functools.cache
+def _template() -> Template:
     environment = Environment(
         loader=PackageLoader("vllm_trimix.reporting", "."),
         autoescape=True,
@@ -141,11 +149,7 @@ def html(sections: Sequence[Section]) -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("page.html").render(
-        sections=sections, generator=Markup(GENERATOR), max_letters=MAX_LETTERS
-    )
-    # File names and JSON may hold half of a pair of surrogates, which UTF-8 has not.
-    return page.encode("utf-8", "backslashreplace")
+    return environment.get_template("page.html")
 
 
 def check_output(output: Path) -> None:
