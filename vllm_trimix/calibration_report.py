@@ -12,6 +12,9 @@ from vllm_trimix.config import Resolved
 from vllm_trimix.intervals import CONFIDENCE, interval_confidence
 from vllm_trimix.layers import format_layers
 
+# Of the columns before the verdict, in letters.
+_WIDTHS = (7, 14, 14, 8, 16, 9)
+
 
 def announcement(comparison: Comparison, resolved: Resolved) -> str:
     """What is compared, in which layers."""
@@ -40,25 +43,37 @@ def than(comparison: Comparison) -> str:
     return "dense" if comparison.baseline == calibration.DENSE else "the triangle with dense shallow layers"
 
 
+def columns(comparison: Comparison, repeats: int) -> list[str]:
+    """The table's columns, the verdict last."""
+    level = f"{min(interval_confidence(repeats), CONFIDENCE):.0%} interval"
+    seconds = [f"{name} (s)" for name in (comparison.baseline, comparison.candidate)]
+    density = ["density"] if comparison.candidate == calibration.DYNAMIC else []
+    return ["tokens", *seconds, "ratio", level, *density, "verdict"]
+
+
+def cells(row: Row) -> list[str]:
+    """One row of the table."""
+    low, high = row.interval
+    seconds = [f"{statistics.median(values):.4f}" for values in (row.baseline, row.candidate)]
+    density = []
+    if row.names[1] == calibration.DYNAMIC:
+        density = ["-" if row.density is None else f"{row.density:.3f}"]
+    return [str(row.length), *seconds, f"{row.ratio:.3f}", f"{low:.3f}-{high:.3f}", *density, row.verdict]
+
+
 def header(comparison: Comparison, repeats: int) -> str:
     """The table's first line."""
-    level = f"{min(interval_confidence(repeats), CONFIDENCE):.0%} interval"
-    columns = [f"{name} (s)" for name in (comparison.baseline, comparison.candidate)]
-    density = f"{'density':>9}" if comparison.candidate == calibration.DYNAMIC else ""
-    return f"{'tokens':>7}{columns[0]:>14}{columns[1]:>14}{'ratio':>8}{level:>16}{density}  verdict"
+    return _line(columns(comparison, repeats))
 
 
 def format_row(row: Row) -> str:
     """One line of the table."""
-    low, high = row.interval
-    seconds = [statistics.median(values) for values in (row.baseline, row.candidate)]
-    interval = f"{low:.3f}-{high:.3f}"
-    density = ""
-    if row.names[1] == calibration.DYNAMIC:
-        density = f"{'-' if row.density is None else f'{row.density:.3f}':>9}"
-    return (
-        f"{row.length:>7}{seconds[0]:>14.4f}{seconds[1]:>14.4f}{row.ratio:>8.3f}{interval:>16}{density}  {row.verdict}"
-    )
+    return _line(cells(row))
+
+
+def _line(texts: Sequence[str]) -> str:
+    *figures, last = texts
+    return "".join(f"{text:>{width}}" for text, width in zip(figures, _WIDTHS, strict=False)) + f"  {last}"
 
 
 def verdict(comparison: Comparison, resolved: Resolved, length: int) -> str:

@@ -55,6 +55,11 @@ def test_commands_exist() -> None:
                 assert words[0] in ("vllm", "pip"), line
 
 
+def test_the_changelog_lists_every_command_once() -> None:
+    (line,) = re.findall(r"^- Command `vllm-trimix`: (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert re.findall(r"`([\w-]+)`", line) == list(COMMANDS)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_benchmark_commands_are_real(page: str) -> None:
     for module, arguments in re.findall(r"python -m benchmarks\.([\w.]+\w)([^`\n|]*)", PAGES[page]):

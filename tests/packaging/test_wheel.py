@@ -121,12 +121,13 @@ def _metadata(wheel: zipfile.ZipFile, name: str) -> str:
 def test_every_module_and_preset_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     expected = {
         path.relative_to(ROOT).as_posix()
-        for pattern in ("*.py", "presets/*.json", "py.typed")
+        for pattern in ("*.py", "presets/*.json", "reporting/page.*", "py.typed")
         for path in (ROOT / "vllm_trimix").rglob(pattern)
     }
     packed = {name for name in wheel.namelist() if name.startswith("vllm_trimix/")}
     assert packed == expected
     assert any(name.endswith(".json") for name in packed)
+    assert {"vllm_trimix/reporting/page.html", "vllm_trimix/reporting/page.css"} <= packed
 
 
 def test_entry_points(wheel: zipfile.ZipFile) -> None:

@@ -25,14 +25,19 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "patterns": ("vllm_trimix.cli.patterns", "list the dynamic patterns, or show what a head file holds"),
     "presets": ("vllm_trimix.cli.presets", "list the shipped presets, or show one"),
     "probe": ("vllm_trimix.cli.probe", "find the triangle layers of a model, with the evidence"),
+    "report": ("vllm_trimix.cli.report", "put results of benchmarks and of these commands into one HTML page"),
     "search": ("vllm_trimix.cli.search", "find a sparse pattern for each head of a model, with the evidence"),
 }
 
 # Packages that some commands need and that `pip install vllm-trimix` alone doesn't bring.
 _COMPANIONS = {
     "datasets",
+    "jinja2",
     "lm_eval",
+    "markdown_it",
+    "markupsafe",
     "matplotlib",
+    "mdurl",
     "nltk",
     "numpy",
     "openai",
