@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import re
+import subprocess
 from pathlib import Path
 
 
@@ -19,3 +21,13 @@ def cpu_name() -> str:
     """The CPU's model; where it names none (ARM), its architecture."""
     name = re.search(r"^model name\s*:\s*(.+)$", cpuinfo(), re.MULTILINE)
     return name[1] if name else platform.machine()
+
+
+def this_machine() -> str:
+    """The devices of this machine that an engine here computes on: its GPUs, or its CPU."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        names = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")
+        if found := [name.strip() for name in names if name.strip()]:
+            return ", ".join(found)
+    return f"{cpu_name()}, {os.cpu_count()} cores"

@@ -84,9 +84,7 @@ def run(args: argparse.Namespace) -> int:
     ):
         if value is not None and suite.name != reader:
             raise ValueError(f"{flag}: {value}: only the suite {reader} reads it; leave it out for {suite.name}")
-    args.device, args.dtype = "cpu", "auto"
-    source = hf_model.find(args)
-    del args.device, args.dtype
+    source = hf_model.describe(args.model, trust_remote_code=args.trust_remote_code)
     from vllm_trimix.evaluation import askers, languages
     from vllm_trimix.evaluation.answers import Answers
     from vllm_trimix.evaluation.prompts import Prompts
@@ -241,7 +239,7 @@ def _depths(asked: str | None) -> tuple[float, ...]:
     return tuple(sorted(set(depths)))
 
 
-def _configurations(args: argparse.Namespace, source: hf_model.Source, needed: Any) -> list[Any]:
+def _configurations(args: argparse.Namespace, source: hf_model.Description, needed: Any) -> list[Any]:
     """All configurations, each checked against the model before an engine is started."""
     import dataclasses
 
@@ -277,7 +275,7 @@ def _configurations(args: argparse.Namespace, source: hf_model.Source, needed: A
     ]
 
 
-def _resolve(entry: dict[str, Any], model: str, source: hf_model.Source) -> Resolved:
+def _resolve(entry: dict[str, Any], model: str, source: hf_model.Description) -> Resolved:
     from vllm_trimix.config import resolve
 
     text = source.config.get_text_config()

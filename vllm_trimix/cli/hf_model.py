@@ -50,6 +50,33 @@ class Source(NamedTuple):
         return str(self.dtype).removeprefix("torch.")
 
 
+class Description(NamedTuple):
+    """What is known of a model without its weights.
+
+    Attributes:
+        config: Of transformers.
+        tokenizer: Of transformers.
+        max_length: Tokens that it takes, or None.
+    """
+
+    config: Any
+    tokenizer: Any
+    max_length: int | None
+
+
+def describe(model: str, *, trust_remote_code: bool) -> Description:
+    """Reads a model's configuration and tokenizer.
+
+    Raises:
+        OSError: No such model.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    return Description(config, tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None))
+
+
 def find(args: argparse.Namespace) -> Source:
     """The model that a command's arguments name.
 
@@ -58,14 +85,11 @@ def find(args: argparse.Namespace) -> Source:
         OSError: No such model.
     """
     import torch
-    from transformers import AutoConfig, AutoTokenizer
 
     device = torch.device(_device(args.device))
-    load = {"trust_remote_code": args.trust_remote_code}
-    config = AutoConfig.from_pretrained(args.model, **load)
+    config, tokenizer, limit = describe(args.model, trust_remote_code=args.trust_remote_code)
     dtype = getattr(torch, args.dtype) if args.dtype != "auto" else getattr(config, "dtype", None) or torch.float32
-    tokenizer = AutoTokenizer.from_pretrained(args.model, **load)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    load = {"trust_remote_code": args.trust_remote_code}
     return Source(args.model, config, tokenizer, dtype, device, limit, load)
 
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from vllm_trimix.engine_process import EngineProcess
 from vllm_trimix.evaluation.configurations import STOCK, TRIMIX, Configuration
 from vllm_trimix.evaluation.sample import NUM_LOGPROBS, Measure, Sample
+from vllm_trimix.hardware import this_machine
 
 _ENGINE = "vllm_trimix.backend.evaluation_engine"
 _ROWS = re.compile(r"TRIMIX rows: (triangle=\d+ dynamic=\d+ .*)")
@@ -156,6 +157,19 @@ def _check_plugin(client: Any, url: str, model: str) -> None:
         )
 
 
+def _surroundings(url: str) -> dict[str, Any]:
+    """Hardware and versions, as far as a server's address and answers tell."""
+    import httpx
+
+    parts = httpx.URL(url)
+    hardware = this_machine() if parts.host in ("127.0.0.1", "localhost", "::1") else f"the server {parts.host}"
+    try:
+        version = httpx.get(parts.join("/version"), timeout=10).json()["version"]
+    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        version = "unknown"
+    return {"hardware": hardware, "versions": {"vllm": str(version)}}
+
+
 class ServerAsker:
     """A running server; the configuration is what its requests ask for."""
 
@@ -172,7 +186,7 @@ class ServerAsker:
         """
         self._wants = {STOCK: "off", TRIMIX: "on"}[configuration.name]
         self._client, self._model = connect(url, model)
-        self.facts: dict[str, Any] = {"server": url, "served": self._model, "resolved": None}
+        self.facts: dict[str, Any] = {"server": url, "served": self._model, "resolved": None, **_surroundings(url)}
 
     def __enter__(self) -> ServerAsker:
         return self

@@ -79,7 +79,7 @@ def _any(answer: str, references: tuple[str, ...]) -> float:
 
 def _first_number(answer: str, references: tuple[str, ...]) -> float:
     """InfiniteBench's for passkeys and numbers: whether the answer's first number is the reference."""
-    found = re.search(r"\d+", answer)
+    found = re.search(r"[0-9]+", answer)
     return float(found is not None and found[0] in references)
 
 
