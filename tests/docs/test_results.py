@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,12 @@ def test_a_result_names_its_machine_and_keeps_its_samples(path: Path) -> None:
         assert all(sample["dense_s"] and sample["triangle_s"] for sample in provenance["samples"])
         return
     environment = result["environment"]
+    if result.get("kind") == "evaluation":
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", result["date"])
+        assert environment["hardware"]
+        assert environment["versions"]["vllm"]
+        _check_scores(result, path.with_name("answers.jsonl"))
+        return
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", environment["date"])
     assert environment["cpu"] or environment["gpu"]
     assert environment["versions"]["torch"]
@@ -41,6 +48,17 @@ def test_a_result_names_its_machine_and_keeps_its_samples(path: Path) -> None:
     for row in result.get("rows", []):
         if path.name in ("kernels.json", "breakdown.json") and row["status"] == "ok":
             assert row["samples"], row
+
+
+def _check_scores(result: dict[str, Any], path: Path) -> None:
+    """Each cell's score is the mean of the answers that are kept beside it."""
+    answers = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    for cell in result["cells"]:
+        keys = ("task", "length", "configuration")
+        mine = [answer for answer in answers if all(answer[key] == cell[key] for key in keys)]
+        assert len(mine) == cell["n"] > 0
+        if cell["measure"] != "agreement":
+            assert sum(answer["score"] for answer in mine) / len(mine) == pytest.approx(cell["score"])
 
 
 def test_the_readme_table_is_the_recorded_one() -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -119,6 +119,11 @@ def test_a_server_that_fails_leaves_the_rest(circuit: Path, tmp_path: Path, caps
     arguments = ["eval", "ruler", str(circuit), "--lengths", "1500", "--samples", "3", "--tasks", "niah_single_1,vt"]
     with failing_server(fails=lambda number: number in (2, 7)) as url:
         assert main([*arguments, "--server", url, "--output", str(tmp_path)]) == 1
+    bodies = failing_server.bodies
+    assert [body["vllm_xargs"]["trimix"] for body in bodies] == ["off"] * 6 + ["on"] * 6
+    assert [body["prompt"] for body in bodies[:6]] == [body["prompt"] for body in bodies[6:]]
+    # No answer may come from rows that were cached under another rule.
+    assert len({body["cache_salt"] for body in bodies}) == 12
     out = capsys.readouterr().out
     assert "2 prompts have no answer" in out
     assert "`stock` niah_single_1/1500/1: HTTP 500: out of pages" in out
@@ -197,6 +202,7 @@ class failing_server:
     """Speaks as vLLM's server does as far as the command listens, and fails on purpose, which a real one won't."""
 
     asked = 0
+    bodies: ClassVar[list[dict[str, Any]]] = []
 
     def __init__(
         self,
@@ -210,6 +216,7 @@ class failing_server:
 
     def __enter__(self) -> str:
         failing_server.asked = 0
+        failing_server.bodies.clear()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -234,6 +241,7 @@ class failing_server:
                     self.answer(*((400, json.dumps(error)) if outer.knows_trimix else (200, "{}")))
                     return
                 failing_server.asked += 1
+                failing_server.bodies.append(body)
                 number = failing_server.asked
                 time.sleep(outer.seconds)
                 if outer.leaves_at is not None and number > outer.leaves_at:
