@@ -73,7 +73,8 @@ def _bars(path: Path, results: Sequence[Result], configurations: Sequence[Config
             panel.set_ylim(0, 105)
     for panel in flat[len(lengths) :]:
         panel.set_axis_off()
-    flat[0].legend(frameon=False, fontsize="small", loc="lower left")
+    handles, labels = flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize="small", loc="outside upper center", ncols=len(labels))
     figure.savefig(path, dpi=110)
 
 
