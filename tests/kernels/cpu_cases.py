@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -312,17 +312,26 @@ def draw_triangle_step(number: int) -> TriangleStep:
     )
 
 
-def draw_pattern(rng: random.Random, block_size: Any) -> DynamicPattern:
-    """A pattern with parameters that bite at a few hundred keys."""
-    return rng.choice(
-        (
-            lambda: AShape(rng.choice((0, 1, 5, 63, 64, 65)), rng.choice((1, 2, 63, 64, 65, 70, 128, 150)), block_size),
-            lambda: VerticalSlash(rng.choice((30, 40, 64, 100)), rng.choice((50, 100, 110, 160)), block_size),
-            lambda: BlockSparse(rng.choice((2, 3, 4)), block_size),
-            lambda: FlexPrefill(rng.choice((0.3, 0.5, 0.9)), rng.choice((0.0, 0.1, 1.0)), block_size),
-            lambda: XAttention(rng.choice((0.2, 0.5, 0.9)), rng.choice((4, 8, 16)), block_size),
-        )
-    )()
+# Each kind with parameters that bite at a few hundred keys.
+KINDS: tuple[Callable[[random.Random, Any], DynamicPattern], ...] = (
+    lambda rng, size: AShape(
+        rng.choice((0, 1, 5, 63, 64, 65)), rng.choice((1, 2, 63, 64, 65, 70, 128, 150)), block_size=size
+    ),
+    lambda rng, size: VerticalSlash(rng.choice((30, 40, 64, 100)), rng.choice((50, 100, 110, 160)), block_size=size),
+    lambda rng, size: BlockSparse(rng.choice((2, 3, 4)), block_size=size),
+    lambda rng, size: FlexPrefill(rng.choice((0.3, 0.5, 0.9)), rng.choice((0.0, 0.1, 1.0)), block_size=size),
+    lambda rng, size: XAttention(rng.choice((0.2, 0.5, 0.9)), rng.choice((4, 8, 16)), block_size=size),
+    lambda rng, size: Dense(block_size=size),
+)
+
+
+def draw_patterns(rng: random.Random) -> tuple[DynamicPattern, ...]:
+    """Of a layer's heads, in turn: one for all, or several of two kinds."""
+    block_size = rng.choice((64, 64, 128))
+    if rng.random() < 0.6:
+        return (rng.choice(KINDS[:-1])(rng, block_size),)
+    kinds = rng.sample(KINDS, 2)
+    return tuple(rng.choice(kinds)(rng, block_size) for _ in range(rng.choice((2, 3, 4))))
 
 
 def draw_dynamic_step(number: int) -> DynamicStep:
@@ -330,12 +339,7 @@ def draw_dynamic_step(number: int) -> DynamicStep:
     rng = dice("dynamic step", number)
     shape = draw_shape(rng, by_vllm=0.4)
     last_n = rng.choice((0, 1, 5, 16, 40, 64))
-    block_size = rng.choice((64, 64, 128))
-    patterns = [draw_pattern(rng, block_size)]
-    if rng.random() < 0.4:
-        patterns += [draw_pattern(rng, block_size) for _ in range(rng.choice((1, 2)))]
-        if rng.random() < 0.3:
-            patterns.append(Dense(block_size))
+    patterns = draw_patterns(rng)
     requests = []
     for _ in range(rng.choice((1, 1, 2, 3))):
         prompt_len = last_n + rng.choice((1, 63, 64, 65, 130, rng.randint(100, 500), rng.randint(250, 700)))
@@ -343,7 +347,7 @@ def draw_dynamic_step(number: int) -> DynamicStep:
     return DynamicStep(
         shape,
         tuple(requests),
-        tuple(patterns),
+        patterns,
         last_n,
         min_seq_len=rng.choice((0, 0, 0, requests[0].end, requests[0].end + 1)),
         min_rows=rng.choice((1, 1, 16)),

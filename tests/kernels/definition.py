@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -78,13 +78,13 @@ def compare(
 ) -> None:
     """Asserts that rows are attention under ``mask``, within the error budget; shapes as in ``attention``.
 
-    The largest error of a few rows is a matter of luck, and of the order of sums: before it fails, plain runs in other
-    orders count as well.
+    The largest error of a few fp32 rows is a matter of luck, and of the order of sums: before it fails, plain runs in
+    other orders count as well.
     """
     truth = attention(q.double(), k.double(), v.double(), mask, scale)
     plain = attention(q, k, v, mask, scale)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(MORE_RUNS):
+    for _ in range(MORE_RUNS if q.dtype == torch.float32 else 0):
         try:
             return assert_within_budget(got, truth, plain, what=what)
         except AssertionError:
@@ -102,7 +102,7 @@ def dice(family: str, number: int) -> random.Random:
 def sweep(
     tier: Tier,
     draw: Callable[[int], Case],
-    check: Callable[[Case], None],
+    check: Callable[[Any], object],
     numbers: Iterable[int],
 ) -> None:
     """Checks numbered cases and reports them to the tier; all of them, then fails with the first few that did."""
@@ -112,7 +112,7 @@ def sweep(
         try:
             check(case)
         except Exception as error:
-            failures.append(f"{type(error).__name__}: {error}\n  {check.__name__}({draw.__name__}({number})): {case}")
+            failures.append(f"{type(error).__name__}: {error}\n  {draw.__name__}({number}) is {case}")
         else:
             tier.case(repr(case), **case.facts())
     assert not failures, f"{len(failures)} cases failed:\n" + "\n".join(islice(failures, SHOWN))

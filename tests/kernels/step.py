@@ -50,8 +50,8 @@ class Shape:
         group: Query heads of a KV head.
         head_size: Head size.
         page_size: Tokens of a page.
-        layouts: Of K pages and of V pages, numbers in ``known_layouts`` or ``BY_INDEX``; None: as vLLM's own cache
-            operator writes them.
+        layouts: Of K pages and of V pages, ``BY_INDEX`` or numbers in ``known_layouts``, which are taken around; None:
+            as vLLM's own cache operator writes them.
     """
 
     dtype: str = "fp32"

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,14 +27,6 @@ KERNELS = [
 ]
 
 needs_kernel = pytest.mark.skipif(not cpp_sparse.is_available(), reason=str(cpp_sparse.unavailable_reason()))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def need(isa: str) -> None:

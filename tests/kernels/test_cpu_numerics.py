@@ -5,10 +5,7 @@ A failure names the call that runs its case once more; every case can be drawn w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 from tests.kernels.cpu_cases import check_dynamic_step, check_triangle_step, draw_dynamic_step, draw_triangle_step
 from tests.kernels.definition import sweep
@@ -20,24 +17,16 @@ PARTS = 10
 pytestmark = [pytest.mark.tier("B"), pytest.mark.parametrize("part", range(PARTS))]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_steps_of_triangle_layers(tier: Tier, part: int) -> None:
     """The plan, the triangle kernel and vLLM's operator for the rest, against the rule."""
-    sweep(tier, draw_triangle_step, check_triangle_step, range(part, tier.size(sample=400, full=11_000), PARTS))
+    sweep(tier, draw_triangle_step, check_triangle_step, range(part, tier.size(sample=300, full=11_000), PARTS))
 
 
 def test_steps_of_dynamic_layers(tier: Tier, part: int) -> None:
     """The plan, patterns for each head, the sparse kernels and vLLM's operator for the rest, against the choice."""
-    sweep(tier, draw_dynamic_step, check_dynamic_step, range(part, tier.size(sample=150, full=5_000), PARTS))
+    sweep(tier, draw_dynamic_step, check_dynamic_step, range(part, tier.size(sample=120, full=5_000), PARTS))
 
 
 def test_random_selections(tier: Tier, part: int) -> None:
     """The sparse kernels alone, every instruction set, on what no pattern would choose."""
-    sweep(tier, draw_selected, check_selected, range(part, tier.size(sample=250, full=6_000), PARTS))
+    sweep(tier, draw_selected, check_selected, range(part, tier.size(sample=180, full=6_000), PARTS))
