@@ -26,7 +26,7 @@ WANTED = re.compile(r"int\((?:tensor|q)\.scalar_type\(\)\)|= int32_t\(keys\);|sp
 
 
 def narrow_integers(root: Path, source: str, flags: list[str]) -> list[str]:
-    """Where a source of csrc and what it includes make a 64-bit integer narrower: as the compiler sees it, and casts."""
+    """Where a source of csrc, or what it includes, makes a 64-bit integer narrower: by itself, and by casts."""
     command = [*compiler_command(), "-std=c++17", "-fsyntax-only", "-Wconversion", "-Wno-psabi", *flags]
     command += [f"-isystem{path}" for path in include_paths()]
     result = subprocess.run([*command, source], cwd=root, capture_output=True, text=True, check=False)
