@@ -93,8 +93,8 @@ def _normed(x: torch.Tensor) -> torch.Tensor:
 
 
 def _projected(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """[num_tokens, heads, head_size] of each head's own product, so that no bit depends on the other heads."""
-    return torch.stack([_normed(x) @ head for head in weights], dim=1)
+    """[num_tokens, heads, head_size], summed row by row and head by head: no bit depends on the others."""
+    return torch.stack([(_normed(x)[:, :, None] * head).sum(1) for head in weights], dim=1)
 
 
 def whole(spec: Spec, tokens: torch.Tensor, masks: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
