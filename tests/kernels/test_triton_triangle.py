@@ -115,7 +115,14 @@ def _cases() -> dict[str, Case]:
 CASES = _cases()
 
 
-@pytest.mark.parametrize("name", CASES)
+def _is_bulk(name: str) -> bool:
+    """Rows of the table that differ from others only in the product of head size, group and dtype."""
+    return name.startswith("table-") and not ("-gqa4-" in name or name.startswith(("table-d64-", "table-d128-gqa8-")))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if _is_bulk(name) else name for name in CASES]
+)
 def test_matches_the_definition(interpreter, name):
     interpreter.submit(run_case, CASES[name]).result()
 

@@ -214,9 +214,9 @@ def test_a_prefix_hit_keeps_the_rule_of_its_rows(tier: Tier) -> None:
 
     for key, rng in seeds(tier, "prefix", sample=24):
         spec = a_spec(rng, shallow=None)
-        owner = a_sequence(rng, spec, reasons=(None, None, None, "opt_out"))
-        other = a_sequence(rng, spec, reasons=(None, None, None, "opt_out"))
-        common = rng.randint(1, min(len(owner.tokens), len(other.tokens)))
+        owner, other = (a_sequence(rng, spec, reasons=(None, None, None, "opt_out")) for _ in range(2))
+        shorter = min(len(owner.tokens), len(other.tokens))
+        common = rng.randint(shorter // 2, shorter)
         tokens = torch.cat((owner.tokens[:common], other.tokens[common:]))
         later = Sequence(tokens, other.request)
         resolved = Resolved(
@@ -260,11 +260,12 @@ def test_a_preempted_request_goes_on_as_if_nothing_happened(tier: Tier) -> None:
         for end in done:
             engine.step([Item("it", position, end - position)])
             position = end
-        kept = rng.randint(0, (position - 1) // spec.page_size) if rng.random() < 0.5 else 0
+        again = max(position, sequence.prompt_len)
+        kept = rng.randint(0, min(position, again - 1) // spec.page_size) if rng.random() < 0.7 else 0
         engine.preempt("it", kept)
         engine.results["it"][kept * spec.page_size :] = torch.nan
         position = kept * spec.page_size
-        ends = borders(rng, spec, sequence, position, max(done[-1], sequence.prompt_len))
+        ends = borders(rng, spec, sequence, position, again)
         serve(engine, "it", position, ends)
         assert_is_the_rules(spec, sequence, engine.results["it"])
         tier.case(key, **facts(spec, sequence, [*done, *ends], resumed=True, cached=kept > 0))
