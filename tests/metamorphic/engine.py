@@ -94,7 +94,7 @@ def _normed(x: torch.Tensor) -> torch.Tensor:
 
 def _projected(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """[num_tokens, heads, head_size], summed row by row and head by head: no bit depends on the others."""
-    return torch.stack([(_normed(x)[:, :, None] * head).sum(1) for head in weights], dim=1)
+    return (_normed(x)[:, None, :, None] * weights).sum(2)
 
 
 def whole(spec: Spec, tokens: torch.Tensor, masks: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
