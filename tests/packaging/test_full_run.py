@@ -58,6 +58,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """What the run needs, with stand-in tests of two tiers; a checkout of its own."""
+    if shutil.which("git") is None:
+        pytest.skip("no git on the PATH: what is a source of a checkout is git's to say")
     for name in ("Makefile", "pyproject.toml", ".gitignore"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("scripts", "requirements"):
