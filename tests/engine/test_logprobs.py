@@ -48,12 +48,13 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 }
 
 
+# Of chunks and groups that others have too.
+SLOW = ("chunk200-gqa4", "chunk512-gqa8", "page96-gqa2")
+
+
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name in ("chunk512-gqa8", "page96-gqa2") else name
-        for name in SCENARIOS
-    ],
+    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SCENARIOS],
 )
 def test_chunks_and_mixed_batches(name: str, tiny: Any, tmp_path: Path) -> None:
     scenario = SCENARIOS[name]

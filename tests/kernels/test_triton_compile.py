@@ -1,6 +1,7 @@
 """The Triton kernels compile for each GPU generation, without a GPU, within what the device has.
 
-Under every Triton that users run: what vLLM 0.32 and 0.33 bring on CUDA, and 3.6. The first is the installed one.
+Under every Triton that users run: what vLLM 0.32 and 0.33 bring on CUDA, and 3.6. The first is the installed one. The
+fast tests compile for Hopper, for the others what differs there; the slow ones everything.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,18 @@ WALKS_KEYS = ("prefill", "sparse-64", "sparse-128")
 ESTIMATES = ("estimate-stats", "estimate-sums")
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 Compiled = tuple[str, list[dict[str, Any]]]
+GENERATIONS = (80, 90, 100)
+# Of the installed version one generation is compiled in the fast tests, with every kernel and dtype.
+HOPPER = (90,)
+VERSIONS = [
+    pytest.param(INSTALLED, HOPPER, id=f"{INSTALLED}-hopper"),
+    *(pytest.param(version, GENERATIONS, id=version, marks=pytest.mark.slow) for version in (INSTALLED, *OTHERS)),
+]
 
 
-def _compile(arguments: list[str], folder: Path, *, triton: Path | None = None) -> Compiled:
+def _compile(
+    arguments: list[str], folder: Path, *, triton: Path | None = None, options: Sequence[str] = ()
+) -> Compiled:
     """Output and reports of the compile tool, which compiles from scratch in a process that doesn't interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
@@ -44,6 +54,7 @@ def _compile(arguments: list[str], folder: Path, *, triton: Path | None = None) 
             "vllm_trimix.kernels.triton_compile",
             "--json",
             str(folder / "reports.json"),
+            *options,
             *arguments,
         ],
         env=environment,
@@ -59,24 +70,25 @@ def _compile(arguments: list[str], folder: Path, *, triton: Path | None = None) 
 
 
 @pytest.fixture(scope="module")
-def defaults(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Compiled]:
-    """Gives the default variants compiled by one version of Triton."""
+def defaults(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, tuple[int, ...]], Compiled]:
+    """Gives the default variants, those for some generations, compiled by one version of Triton."""
 
-    def compile_defaults(version: str) -> Compiled | str:
+    def compile_defaults(version: str, capabilities: tuple[int, ...]) -> Compiled | str:
         triton = None
         if version != INSTALLED:
             triton = ROOT / "build" / f"triton-{version}"
             missing = fetch(f"triton=={version}", triton)
             if missing is not None:
                 return missing
-        return _compile([], tmp_path_factory.mktemp(f"triton-{version}"), triton=triton)
+        only = [] if capabilities == GENERATIONS else ["--capabilities", *map(str, capabilities)]
+        return _compile([], tmp_path_factory.mktemp(f"triton-{version}"), triton=triton, options=only)
 
-    results: dict[str, Compiled | str] = {}
+    results: dict[tuple[str, tuple[int, ...]], Compiled | str] = {}
 
-    def of(version: str) -> Compiled:
-        if version not in results:
-            results[version] = compile_defaults(version)
-        compiled = results[version]
+    def of(version: str, capabilities: tuple[int, ...] = GENERATIONS) -> Compiled:
+        if (version, capabilities) not in results:
+            results[version, capabilities] = compile_defaults(version, capabilities)
+        compiled = results[version, capabilities]
         if isinstance(compiled, str):
             pytest.skip(compiled)
         return compiled
@@ -90,42 +102,47 @@ def _assert_fits(report: dict[str, Any]) -> None:
     assert 0 <= report["shared_bytes"] <= SHARED_KIB[report["variant"]["capability"]] * 1024, report
 
 
-@pytest.mark.parametrize("version", [INSTALLED, *(pytest.param(version, marks=pytest.mark.slow) for version in OTHERS)])
+Defaults = Callable[[str, tuple[int, ...]], Compiled]
+
+
+@pytest.mark.parametrize(("version", "capabilities"), VERSIONS)
 class TestDataCentreGpus:
-    def test_covers_the_table(self, defaults: Callable[[str], Compiled], version: str) -> None:
-        text, reports = defaults(version)
+    def test_covers_the_table(self, defaults: Defaults, version: str, capabilities: tuple[int, ...]) -> None:
+        text, reports = defaults(version, capabilities)
         assert text.startswith(f"Triton {version}\n")
         variants = {(r["variant"]["capability"], r["variant"]["kernel"], r["variant"]["head_size"]) for r in reports}
         sizes = [(kernel, size) for kernel in WALKS_KEYS for size in (64, 96, 128, 256)]
         sizes += [("merge", 128), *((kernel, size) for kernel in ESTIMATES for size in (128, 256))]
-        assert variants == {(capability, *size) for capability in (80, 90, 100) for size in sizes}
+        assert variants == {(capability, *size) for capability in capabilities for size in sizes}
 
-    def test_fits_without_spills(self, defaults: Callable[[str], Compiled], version: str) -> None:
-        for report in defaults(version)[1]:
+    def test_fits_without_spills(self, defaults: Defaults, version: str, capabilities: tuple[int, ...]) -> None:
+        for report in defaults(version, capabilities)[1]:
             _assert_fits(report)
 
     def test_multiplies_on_tensor_cores_with_a_pipeline(
-        self, defaults: Callable[[str], Compiled], version: str
+        self, defaults: Defaults, version: str, capabilities: tuple[int, ...]
     ) -> None:
-        for report in defaults(version)[1]:
+        for report in defaults(version, capabilities)[1]:
             if report["variant"]["kernel"] != "merge":
                 assert report["matrix_instruction"] == MATRIX_INSTRUCTION[report["variant"]["capability"]], report
                 assert report["matrix_instructions"] > 0, report
                 assert report["async_copies"] > 0, report
 
-    def test_hopper_does_not_wait_after_every_product(self, defaults: Callable[[str], Compiled], version: str) -> None:
+    def test_hopper_does_not_wait_after_every_product(
+        self, defaults: Defaults, version: str, capabilities: tuple[int, ...]
+    ) -> None:
         """One wait a step, or one for each of its two products: registers suffice, and products overlap the softmax."""
-        for report in defaults(version)[1]:
+        for report in defaults(version, capabilities)[1]:
             if report["variant"]["capability"] == 90 and report["variant"]["kernel"] in WALKS_KEYS:
                 assert 1 <= report["loop_waits"] <= 2, report
 
     def test_hopper_issues_no_slower_than_it_multiplies(
-        self, defaults: Callable[[str], Compiled], version: str
+        self, defaults: Defaults, version: str, capabilities: tuple[int, ...]
     ) -> None:
         """64 keys of head size 128 keep the tensor cores busy for 1024 cycles; two warps share a scheduler."""
         loops = [
             report["loop_instructions"] - report["mask_instructions"]
-            for report in defaults(version)[1]
+            for report in defaults(version, capabilities)[1]
             if report["variant"]["capability"] == 90
             and report["variant"]["head_size"] == 128
             and report["variant"]["kernel"] == "prefill"
@@ -137,12 +154,15 @@ class TestDataCentreGpus:
             assert loops == [INSTRUCTIONS] * 2
 
 
-def test_the_documented_table_is_what_compiles(defaults: Callable[[str], Compiled]) -> None:
-    text, _ = defaults(INSTALLED)
+@pytest.mark.slow
+def test_the_documented_table_is_what_compiles(defaults: Defaults) -> None:
+    text, _ = defaults(INSTALLED, GENERATIONS)
     assert text in (ROOT / "docs/kernels.md").read_text(), "docs/kernels.md: run triton_compile and paste its output"
 
 
-@pytest.mark.parametrize("capability", [86, 89, 120])
+@pytest.mark.parametrize(
+    "capability", [86, *(pytest.param(capability, marks=pytest.mark.slow) for capability in (89, 120))]
+)
 def test_gpus_with_little_shared_memory(capability: int, tmp_path: Path) -> None:
     for report in _compile([f"{capability},{head_size},bf16,bf16" for head_size in (64, 128, 256)], tmp_path)[1]:
         _assert_fits(report)
@@ -186,10 +206,13 @@ def test_what_sparse_prefill_may_have_to_do(capability: int, tmp_path: Path) -> 
         assert capability != 90 or 1 <= report["loop_waits"] <= 2, report
 
 
-def test_fp32_stays_ieee(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "head_size", [pytest.param(64, marks=pytest.mark.slow), 128, pytest.param(256, marks=pytest.mark.slow)]
+)
+def test_fp32_stays_ieee(head_size: int, tmp_path: Path) -> None:
     """No tensor core: those would round fp32 to TF32."""
     kernels = ("prefill", "sparse-64", "sparse-128", *ESTIMATES)
-    variants = [f"90,{head_size},fp32,fp32,{kernel}" for head_size in (64, 128, 256) for kernel in kernels]
+    variants = [f"90,{head_size},fp32,fp32,{kernel}" for kernel in kernels]
     for report in _compile(variants, tmp_path)[1]:
         _assert_fits(report)
         assert report["matrix_instruction"] == "", report

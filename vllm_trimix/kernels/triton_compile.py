@@ -410,9 +410,17 @@ def main() -> None:
         metavar="CAPABILITY,HEAD_SIZE,QUERY,CACHE[,GROUP[,BLOCK_SIZE[,N_INIT]]][,KERNEL[,plain|columns,band,soft_cap]]",
         help="variants to compile instead of the default ones, e.g. 90,128,bf16,bf16",
     )
+    parser.add_argument(
+        "--capabilities",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="of the default variants those for these GPUs, e.g. 80 90",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the reports to FILE, as JSON")
     options = parser.parse_args()
-    reports = [compile_variant(variant) for variant in options.variants or default_variants()]
+    defaults = [v for v in default_variants() if options.capabilities is None or v.capability in options.capabilities]
+    reports = [compile_variant(variant) for variant in options.variants or defaults]
     if options.json:
         options.json.write_text(json.dumps([asdict(report) for report in reports]))
     print(f"Triton {triton.__version__}\n\n{markdown(reports)}")
