@@ -222,12 +222,13 @@ def _tables(evaluation: Evaluation, configuration: Configuration) -> list[str]:
     columns = ["task", "tokens", "n", "stock", configuration.name, "difference (95%)", "verdict"]
     agreement = any(r.kl is not None for r in found)
     columns += ["KL first token", "KL"] if agreement else []
-    columns += ["TTFT stock (s)", "TTFT (s)", "ratio"]
+    timed = any(r.seconds for r in found)
+    columns += ["TTFT stock (s)", "TTFT (s)", "ratio"] if timed else []
     lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for length in dict.fromkeys(r.length for r in found):
         for result in found:
             if result.length == length:
-                lines.append(_row(result, stock.get((result.task, length)), agreement))
+                lines.append(_row(result, stock.get((result.task, length)), agreement=agreement, timed=timed))
         mean = overall(evaluation.results, evaluation.answers, configuration.name, length)
         if mean is not None:
             dense, mine, by = mean
@@ -250,7 +251,7 @@ def _summary(answered: Sequence[Result]) -> str:
     )
 
 
-def _row(result: Result, stock: Result | None, agreement: bool) -> str:
+def _row(result: Result, stock: Result | None, *, agreement: bool, timed: bool) -> str:
     perplexity = result.measure == Measure.PERPLEXITY
     score = _nats if perplexity else _points
     by = result.difference
@@ -265,11 +266,12 @@ def _row(result: Result, stock: Result | None, agreement: bool) -> str:
     ]
     if agreement:
         cells += ["" if value is None else f"{value:.4f}" for value in (result.kl_first, result.kl)]
-    cells += [
-        f"{stock.seconds:.3g}" if stock and stock.seconds else "",
-        f"{result.seconds:.3g}" if result.seconds else "",
-        f"{result.ratio:.2f}" if result.ratio else "",
-    ]
+    if timed:
+        cells += [
+            f"{stock.seconds:.3g}" if stock and stock.seconds else "",
+            f"{result.seconds:.3g}" if result.seconds else "",
+            f"{result.ratio:.2f}" if result.ratio else "",
+        ]
     return f"| {' | '.join(cells)} |"
 
 
