@@ -64,7 +64,12 @@ class Oracle:
             if sample.name in self.refuses:
                 said.append({"error": "HTTP 400: too long"})
             else:
-                said.append({"text": f"Code {sample.index}." if right else "no idea", "seconds": 1.0 + sample.index})
+                said.append(
+                    {
+                        "text": f"Code {sample.index}." if right else "no idea",
+                        "seconds": (1.0 + sample.index) * (1.0 if self.configuration.entry is None else 0.25),
+                    }
+                )
         return said
 
 
@@ -103,7 +108,8 @@ def test_asks_everything_once_and_compares(tmp_path: Path) -> None:
     assert hard_result.n == 4
     assert hard_result.difference is not None
     assert hard_result.difference.mean == -0.5
-    assert hard_result.ratio == 1.0
+    assert hard_result.ratio == 0.25
+    assert hard_result.seconds == 0.25 * 2.5
     assert outcome.failures == {}
 
 
@@ -115,6 +121,19 @@ def test_nothing_is_asked_twice(tmp_path: Path) -> None:
     _, _, asked, _ = evaluate(tmp_path, lengths=(64, 128, 256), count=5)
     assert len(asked) == 2 * 2 * (2 + 5)
     assert not any(name.endswith(("64/0", "128/3")) for name in asked)
+
+
+def test_another_prompt_of_the_same_name_is_asked_anew(tmp_path: Path) -> None:
+    evaluate(tmp_path, tasks={"hard": easy})
+    _, answers, asked, _ = evaluate(tmp_path, tasks={"hard": hard})
+    assert len(asked) == len(set(asked)) == 2 * 2 * 4
+    assert len(list(answers)) == 2 * 2 * 4
+
+
+def test_perplexity_is_better_when_lower() -> None:
+    found = cells.difference(Measure.PERPLEXITY, [2.0, 2.1, 2.2, 2.1], [1.0, 1.1, 1.2, 1.0])
+    assert found.mean == pytest.approx(-1.025)
+    assert found.verdict == "loss"
 
 
 def test_goes_on_after_everybody_left(tmp_path: Path) -> None:
