@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,29 +21,64 @@ def _is_source(name: str) -> bool:
     return name.endswith((".py", ".json", "/METADATA"))
 
 
+class _Children:
+    """The processes, or why one is missing; they work while other tests run."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="composition-")
+        folder = Path(self._folder.name)
+        self.children = {"installed": Child(folder / "installed.json", source=None)}
+        self.missing = fetch(f"vllm=={NEXT_VLLM}", NEXT_SOURCE, wanted=_is_source)
+        if self.missing is None:
+            self.children["0.33"] = Child(folder / "next.json", source=NEXT_SOURCE)
+
+    def stop(self) -> None:
+        for child in self.children.values():
+            child.process.kill()
+            child.process.wait()
+        self._folder.cleanup()
+
+
+_CHILDREN = pytest.StashKey[_Children]()
+
+
+def _is_driven(item: pytest.Item) -> bool:
+    return "reports" in getattr(item, "fixturenames", ())
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Last come the tests that read reports: by then the processes have written them."""
+    items.sort(key=_is_driven)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    collects = session.config.getoption("collectonly")
+    if not collects and any(map(_is_driven, session.items)) and all(map(importlib.util.find_spec, ("vllm", "triton"))):
+        session.config.stash[_CHILDREN] = _Children()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if (children := config.stash.get(_CHILDREN, None)) is not None:
+        children.stop()
+
+
 @pytest.fixture(scope="session")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Gives a version's report; the processes run side by side and end with the session."""
+def reports(request: pytest.FixtureRequest) -> Any:
+    """Gives a version's report."""
     pytest.importorskip("vllm", reason="the CUDA path is composed from vLLM's own classes")
     pytest.importorskip("triton", reason="the kernels run in Triton's interpreter (Linux)")
-    folder = tmp_path_factory.mktemp("composition")
-    children: dict[str, Child] = {"installed": Child(folder / "installed.json", source=None)}
-    missing = fetch(f"vllm=={NEXT_VLLM}", NEXT_SOURCE, wanted=_is_source)
-    if missing is None:
-        children["0.33"] = Child(folder / "next.json", source=NEXT_SOURCE)
+    processes = request.config.stash[_CHILDREN]
     found: dict[str, dict[str, Any]] = {}
 
     def report(version: str) -> dict[str, Any]:
-        if version not in children:
-            pytest.skip(str(missing))
+        if version not in processes.children:
+            pytest.skip(str(processes.missing))
         if version not in found:
-            found[version] = children[version].report()
+            found[version] = processes.children[version].report()
         return found[version]
 
-    yield report
-    for child in children.values():
-        child.process.kill()
-        child.process.wait()
+    return report
 
 
 @pytest.fixture(params=["installed", "0.33"])
