@@ -288,6 +288,8 @@ def _interval(by: Difference) -> str:
 
 
 def _nats_interval(by: Difference) -> str:
+    if not math.isfinite(by.low):
+        return f"{by.mean:+.4f} (of one pair)"
     return f"{by.mean:+.4f} ({by.low:+.4f} to {by.high:+.4f})"
 
 
