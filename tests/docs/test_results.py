@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from vllm_trimix.evaluation.statistics import paired_difference
+
 ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
 README = (ROOT / "README.md").read_text()
@@ -77,3 +79,35 @@ def test_the_readme_table_is_the_recorded_one() -> None:
         assert interval == "{:.2f}-{:.2f}".format(*mine["ratio_ci95"])
         assert captured == ("" if mine["captured_saving"] is None else f"{mine['captured_saving']:.2f}")
         assert bound == ("" if mine["pair_bound"] is None else f"{mine['pair_bound']:.2f}")
+
+
+def test_the_readme_quotes_evaluations_right() -> None:
+    section = README.split("## Is it lossless?", 1)[1].split("\n## ", 1)[0]
+    [folder] = re.findall(r"`(benchmarks/results/[\w.-]+-eval)`", section)
+    rows = re.findall(
+        r"^\| (circuit|small trained).*? \| (`.*?`) \| [^|]+ \| (\d+) \| ([\d.]+) \| ([\d.]+) \| (.*?) \|$",
+        section,
+        re.M,
+    )
+    assert len(rows) == 2
+    for model, suites, count, stock, trimix, interval in rows:
+        scores: dict[str, dict[str, float]] = {"stock": {}, "trimix": {}}
+        for suite in re.findall(r"`(\w+)`", suites):
+            for path in (ROOT / folder).glob(f"{model.split()[-1]}-{suite}*/answers.jsonl"):
+                for answer in map(json.loads, path.read_text().splitlines()[1:]):
+                    scores[answer["configuration"]][f"{path.parent.name} {answer['sample']}"] = answer["score"]
+        names = sorted(scores["stock"])
+        assert sorted(scores["trimix"]) == names
+        assert len(names) == int(count)
+        mine, dense = ([scores[name][key] for key in names] for name in ("trimix", "stock"))
+        assert f"{100 * sum(dense) / len(dense):.1f}" == stock
+        assert f"{100 * sum(mine) / len(mine):.1f}" == trimix
+        found = paired_difference(mine, dense)
+        assert interval == f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+    nats, low, high = re.findall(
+        r"costs perplexity ([\d.]+) nats a token at 247 tokens \(([\d.]+) to ([\d.]+)\)", section
+    )[0]
+    result = json.loads((ROOT / folder / "trained-ppl" / "result.json").read_text())
+    (cell,) = [c for c in result["cells"] if c["length"] == 247 and c["configuration"] == "trimix"]
+    quoted = {"mean": -float(nats), "high": -float(low), "low": -float(high)}
+    assert cell["difference"] == pytest.approx(quoted, abs=5.1e-3)
