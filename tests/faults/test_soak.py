@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import subprocess
+import sys
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,16 @@ from typing import Any
 import pytest
 
 from tests.faults import counts
-from tests.faults.traffic import KINDS, MAX_MODEL_LEN, Bench, Chaos, bench
+from tests.faults.traffic import KINDS, MAX_MODEL_LEN, WAVE, Chaos, Kind
 from tests.server.server import Server, serve
 from tests.tiers import Tier
 from vllm_trimix.cli.main import main
 from vllm_trimix.config import DEFAULT_MIN_PROMPT_LEN
 from vllm_trimix.demo.prompts import make_demo_prompt
 
-WAVE = ("long", "long", "short", "opted-out", "straddling")
-"""Clients, two at a time, in this order again and again."""
-AT_ONCE = 2
-CLIENT_SECONDS = 600.0
-"""The most that one client may take."""
+ROOT = Path(__file__).parents[2]
+GRACE = 900.0
+"""Seconds that clients may take to start, and to finish what they have begun."""
 
 
 @pytest.fixture(scope="module")
@@ -45,31 +43,29 @@ def golden_prompts() -> list[tuple[str, Any]]:
     return [*named, ("tokens", [5 + number * number % 60 for number in range(5000)])]
 
 
-def drive(
-    server: Server, model: Path, folder: Path, seconds: float
-) -> tuple[list[tuple[Bench, dict[str, Any]]], Chaos]:
-    """Clients for about this long, and one that misbehaves beside them."""
+def drive(server: Server, model: Path, folder: Path, seconds: float) -> tuple[list[dict[str, Any]], Chaos]:
+    """Clients for about this long, and one that misbehaves beside them; returns what the clients report."""
     chaos, stop = Chaos(server.port), threading.Event()
-    thread = threading.Thread(target=chaos.run, args=(stop,), kwargs={"seconds": seconds + 2 * CLIENT_SECONDS})
-    end = time.monotonic() + seconds
-    done: list[tuple[Bench, dict[str, Any]]] = []
+    thread = threading.Thread(target=chaos.run, args=(stop,), kwargs={"seconds": seconds + GRACE})
+    command = [sys.executable, "-m", "tests.faults.clients", str(server.port), str(model), str(folder), str(seconds)]
+    with open(folder / "clients.log", "wb") as file:
+        clients = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
     thread.start()
     try:
-        for turn in range(1000):
-            if time.monotonic() > end:
-                break
-            with contextlib.ExitStack() as stack:
-                names = [WAVE[(AT_ONCE * turn + number) % len(WAVE)] for number in range(AT_ONCE)]
-                clients = [
-                    stack.enter_context(bench(server.port, model, name, folder, seed=AT_ONCE * turn + number))
-                    for number, name in enumerate(names)
-                ]
-                done += [(client, client.finish(CLIENT_SECONDS)) for client in clients]
-            assert server.process.poll() is None, server.log[-5000:]
+        status = clients.wait(seconds + GRACE)
     finally:
         stop.set()
-        thread.join(CLIENT_SECONDS)
-    return done, chaos
+        clients.kill()
+        clients.wait()
+        thread.join(GRACE)
+    assert server.process.poll() is None, server.log[-5000:]
+    assert status == 0, (folder / "clients.log").read_text(errors="replace")[-5000:]
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()], chaos
+
+
+def is_sparse(kind: Kind, length: int) -> bool:
+    """Whether a request of this kind and length has rows of the triangle."""
+    return kind.trimix == "on" and length >= DEFAULT_MIN_PROMPT_LEN
 
 
 @pytest.mark.slow
@@ -81,9 +77,7 @@ def test_soak(model: Path, tmp_path: Path, tier: Tier, record_property: Any) -> 
     trimix, log = {"stats_log_interval": 1.0}, tmp_path / "server.log"
     with serve(model, log, trimix=trimix, arguments=arguments, start_timeout=900) as server:
         prompts = golden_prompts()
-        # Once to warm up, or what is compiled and cached at first use counts as growth.
-        assert counts.golden(server, prompts, "warm") == counts.golden(server, prompts, "before")
-        before = counts.golden(server, prompts, "also-before")
+        before = counts.golden(server, prompts, "before")
         idle = counts.wait_idle(server, 60)
         assert idle["vllm:kv_cache_usage_perc"] == 0
         start, memory = counts.rows(server), counts.memory(server)
@@ -100,8 +94,7 @@ def test_soak(model: Path, tmp_path: Path, tier: Tier, record_property: Any) -> 
 
         assert chaos.unexpected == []
         assert [status for (_, status) in chaos.statuses if status.startswith("5")] == []
-        assert all(result["failed"] == 0 for _, result in clients)
-        assert figures["long share"] >= 0.4
+        assert [client["errors"] for client in clients if client["failed"]] == []
         assert figures["triangle requests"] >= 0.4 * figures["bench requests"]
         assert end.cached - start.cached < 0.05 * (end.scheduled - start.scheduled), "mostly cached: hardly any prefill"
 
@@ -116,18 +109,16 @@ def test_soak(model: Path, tmp_path: Path, tier: Tier, record_property: Any) -> 
         assert counts.golden(server, prompts, "after") == before
         assert "Traceback" not in server.log
     assert server.process.returncode in (0, -2, 130), server.log[-2000:]
-    for client, result in clients:
-        for number in range(result["completed"]):
-            is_sparse = client.kind.trimix == "on" and client.kind.lengths[number % len(client.kind.lengths)] >= 4096
-            straddles = is_sparse and client.name == "straddling"
-            tier.case("request", str(client.result), number, triangle=is_sparse, straddling=straddles)
+    for client in clients:
+        for number, length in enumerate(client["input_lens"]):
+            tier.case("request", client["number"], number, triangle=is_sparse(KINDS[client["kind"]], length))
     for (name, status), count in chaos.statuses.items():
         for number in range(count):
             tier.case("chaos", name, status, number)
 
 
 def summary(
-    clients: list[tuple[Bench, dict[str, Any]]],
+    clients: list[dict[str, Any]],
     chaos: Chaos,
     start: counts.Rows,
     end: counts.Rows,
@@ -136,22 +127,16 @@ def summary(
     after: dict[str, float],
 ) -> dict[str, Any]:
     """The figures that a report quotes."""
-    requests = [
-        (client.kind.lengths[number % len(client.kind.lengths)], client.kind.trimix)
-        for client, _ in clients
-        for number in range(client.kind.count)
-    ]
-    sparse = [length for length, trimix in requests if trimix == "on" and length >= DEFAULT_MIN_PROMPT_LEN]
+    sparse = [is_sparse(KINDS[client["kind"]], length) for client in clients for length in client["input_lens"]]
     by_status: Counter[str] = Counter()
     for (_, status), count in chaos.statuses.items():
         by_status[status] += count
     return {
         "clients": len(clients),
-        "bench requests": sum(result["completed"] for _, result in clients),
-        "bench prompt tokens": sum(result["total_input_tokens"] for _, result in clients),
-        "bench generated tokens": sum(result["total_output_tokens"] for _, result in clients),
-        "triangle requests": len(sparse),
-        "long share": round(sum(length >= 4096 for length, _ in requests) / len(requests), 3),
+        "bench requests": sum(client["completed"] for client in clients),
+        "bench prompt tokens": sum(client["total_input_tokens"] for client in clients),
+        "bench generated tokens": sum(client["total_output_tokens"] for client in clients),
+        "triangle requests": sum(sparse),
         "triangle rows": end.sparse - start.sparse,
         "dense rows": end.dense - start.dense,
         "cached rows": end.cached - start.cached,
@@ -172,10 +157,7 @@ def test_the_mix_is_what_it_says() -> None:
     mix = [KINDS[name] for name in WAVE]
     total = sum(kind.count for kind in mix)
     sparse = sum(
-        kind.lengths[number % len(kind.lengths)] >= DEFAULT_MIN_PROMPT_LEN
-        for kind in mix
-        if kind.trimix == "on"
-        for number in range(kind.count)
+        is_sparse(kind, kind.lengths[number % len(kind.lengths)]) for kind in mix for number in range(kind.count)
     )
     assert sparse / total > 0.5
     assert max(max(kind.lengths) for kind in mix) < MAX_MODEL_LEN

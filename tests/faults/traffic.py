@@ -1,12 +1,9 @@
-"""What a server is made to bear: `vllm bench serve` clients, and one client that behaves as badly as it can."""
+"""What a server is made to bear: the requests of ``vllm bench serve`` clients, and a client as bad as it can be."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -43,8 +40,10 @@ KINDS = {
     "long": Kind((4200, 5000, 6100), 8, 18),
     "opted-out": Kind((4300, 1200), 8, 4, trimix="off"),
     "short": Kind((300, 900, 1800), 32, 12),
-    "straddling": Kind((4096 + 64, 2 * 2048 + 100), 4, 8),
+    "straddling": Kind((2 * 2048 + 64, 2 * 2048 + 100), 4, 8),
 }
+WAVE = ("long", "long", "short", "opted-out", "straddling")
+"""Clients, some at a time, in this order again and again."""
 
 
 def write_prompts(path: Path, kind: Kind, seed: int) -> None:
@@ -54,64 +53,6 @@ def write_prompts(path: Path, kind: Kind, seed: int) -> None:
         prompt = make_demo_prompt(tokens=length, hops=1 + number % 2 if length > 1500 else 1, seed=1000 * seed + number)
         lines.append(json.dumps({"prompt": prompt.prompt}))
     path.write_text("\n".join(lines) + "\n")
-
-
-@dataclass
-class Bench:
-    """A running ``vllm bench serve``."""
-
-    name: str
-    kind: Kind
-    process: subprocess.Popen[bytes]
-    result: Path
-    log: Path
-
-    def finish(self, seconds: float) -> dict[str, Any]:
-        """Its own report, once it has ended."""
-        status = self.process.wait(seconds)
-        text = self.log.read_text(errors="replace")
-        assert status == 0, f"{self.name}: {text[-3000:]}"
-        found: dict[str, Any] = json.loads(self.result.read_text())
-        return found
-
-
-@contextlib.contextmanager
-def bench(port: int, model: Path, name: str, folder: Path, *, seed: int) -> Iterator[Bench]:
-    """Starts a client with prompts of its own."""
-    kind, place = KINDS[name], folder / f"{name}-{seed}"
-    place.mkdir()
-    write_prompts(place / "prompts.jsonl", kind, seed)
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"),
-        "--backend=openai",
-        "--endpoint=/v1/completions",
-        f"--base-url=http://127.0.0.1:{port}",
-        "--model=demo",
-        f"--tokenizer={model}",
-        "--dataset-name=custom",
-        f"--dataset-path={place / 'prompts.jsonl'}",
-        f"--custom-output-len={kind.output}",
-        "--skip-chat-template",
-        "--ignore-eos",
-        f"--num-prompts={kind.count}",
-        "--max-concurrency=3",
-        "--temperature=0",
-        f"--seed={seed}",
-        "--num-warmups=0",
-        "--ready-check-timeout-sec=0",
-        "--disable-tqdm",
-        "--save-result",
-        f"--result-filename={place / 'result.json'}",
-        "--extra-body=" + json.dumps({"vllm_xargs": {"trimix": kind.trimix}}),
-    ]
-    with open(place / "log", "wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-    try:
-        yield Bench(name, kind, process, place / "result.json", place / "log")
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
 
 
 @dataclass
