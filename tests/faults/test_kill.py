@@ -48,7 +48,7 @@ def killed(model: Path, log: Path, victim: str, backend: str) -> dict[str, Any]:
     with (
         contextlib.suppress(ProcessLookupError),
         serve(
-            model, log, trimix=trimix, backend=backend, arguments=("--max-num-batched-tokens=512",), start_timeout=900
+            model, log, trimix=trimix, backend=backend, arguments=("--max-num-batched-tokens=512",), start_timeout=1800
         ) as server,
     ):
         found["processes"] = sorted({name_of(process) for process in counts.processes(server)})

@@ -75,7 +75,7 @@ def test_soak(model: Path, tmp_path: Path, tier: Tier, record_property: Any) -> 
     seconds = tier.size(sample=75, full=600)
     arguments = ("--enable-logging-iteration-details", "--max-num-batched-tokens=2048")
     trimix, log = {"stats_log_interval": 1.0}, tmp_path / "server.log"
-    with serve(model, log, trimix=trimix, arguments=arguments, start_timeout=900) as server:
+    with serve(model, log, trimix=trimix, arguments=arguments, start_timeout=1800) as server:
         prompts = golden_prompts()
         before = counts.golden(server, prompts, "before")
         idle = counts.wait_idle(server, 60)
