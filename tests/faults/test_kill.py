@@ -22,6 +22,8 @@ from vllm_trimix.demo.prompts import make_demo_prompt
 
 PATIENCE = 240.0
 """Seconds that a server may take to end, or to answer again, before it counts as hanging."""
+LOST = ("500", "503", "connection lost")
+"""What a client sees of a request whose engine is gone."""
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,8 @@ def killed(model: Path, log: Path, victim: str, backend: str) -> dict[str, Any]:
         for process in targets:
             os.kill(process.pid, signal.SIGKILL)
         asking.join(PATIENCE)
-        found["asked meanwhile"] = statuses
+        # Stock answers 500, or is gone before it can: which of the two is a race of its own.
+        found["asked meanwhile"] = ["lost" if status in LOST else status for status in statuses]
         with contextlib.suppress(Exception):
             server.process.wait(PATIENCE)
         found["ended"] = server.process.poll() is not None
@@ -114,6 +117,6 @@ def test_a_killed_process(model: Path, tmp_path: Path, victim: str, tier: Tier) 
     assert ours == stock
     if stock.get("victim") == "none":
         pytest.skip(f"this vLLM runs no process {victim} of its own here: {stock['processes']}")
-    assert stock["asked meanwhile"] in (["500"], ["503"], ["connection lost"]), "it was not killed in mid-request"
+    assert stock["asked meanwhile"] == ["lost"], "it was not killed in mid-request"
     assert stock["left behind"] == []
     tier.case("kill", victim, triangle=True)
