@@ -37,10 +37,10 @@ class Kind:
 
 
 KINDS = {
-    "long": Kind((4200, 5000, 6100), 8, 18),
-    "opted-out": Kind((4300, 1200), 8, 4, trimix="off"),
-    "short": Kind((300, 900, 1800), 32, 12),
-    "straddling": Kind((2 * 2048 + 64, 2 * 2048 + 100), 4, 8),
+    "long": Kind((4200, 5000, 6100), 8, 6),
+    "opted-out": Kind((4300, 1200), 8, 2, trimix="off"),
+    "short": Kind((300, 900, 1800), 32, 6),
+    "straddling": Kind((2 * 2048 + 64, 2 * 2048 + 100), 4, 4),
 }
 WAVE = ("long", "long", "short", "opted-out", "straddling")
 """Clients, some at a time, in this order again and again."""
