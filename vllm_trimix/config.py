@@ -9,22 +9,31 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_trimix.layers import parse_layers
+from vllm_trimix.layers import check_size, parse_layers
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.presets import find_preset
 from vllm_trimix.shallow import DEFAULT_MIN_SEQ_LEN, Shallow, merged_shallow, resolve_shallow
+from vllm_trimix.untrusted import MAX_TOKENS, check_object, quoted, read_json, reason
 
 DenseBackend = Literal["FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "CPU_ATTN"]
 
 # Twice the largest break-even of the `vllm-trimix calibrate` runs under benchmarks/results, as a margin for machines
 # that are not among them, rounded up to a power of two; a test compares them.
 DEFAULT_MIN_PROMPT_LEN = 4096
+
+MAX_INTERVAL = 86400.0
+"""Seconds between two lines of the log: a day. Far longer waits overflow the platform's clock."""
+
+MAX_PRESET_BYTES = 2**24
+"""Of a preset file; those that the probe writes have some ten thousand."""
+
+MAX_BASES = 16
+"""Presets that build on one another."""
 
 
 class ConfigurationError(Exception):
@@ -53,14 +62,14 @@ class TrimixConfig(BaseModel):
 
     starting_layer: int | None = Field(default=None, ge=0)
     layers: str | list[int | str] | None = None
-    n_init: int | None = Field(default=None, ge=0)
-    n_local: int | None = Field(default=None, ge=1)
-    last_n: int | None = Field(default=None, ge=0)
-    min_prompt_len: int | None = Field(default=None, ge=0)
+    n_init: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
+    n_local: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
+    last_n: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
+    min_prompt_len: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
     preset: str | None = Field(default=None, min_length=1)
     dense_backend: DenseBackend | None = None
     prompt_logprobs: Literal["dense", "triangle"] = "dense"
-    stats_log_interval: float = Field(default=10.0, ge=0)
+    stats_log_interval: float = Field(default=10.0, ge=0, le=MAX_INTERVAL)
     shallow: dict[str, Any] | Literal["dense"] | None = None
 
 
@@ -108,15 +117,17 @@ def parse_config(raw: object) -> TrimixConfig:
     """
     if not isinstance(raw, dict):
         raise ValueError(
-            f'trimix: expected a JSON object such as {{"starting_layer": 16}}, got {type(raw).__name__} {raw!r}'
+            f'trimix: expected a JSON object such as {{"starting_layer": 16}}, got {type(raw).__name__} {quoted(raw)}'
         )
+    check_object(raw, "trimix")
+    check_size(raw.get("layers"), where="trimix.layers")
     try:
         config = TrimixConfig.model_validate(raw)
     except ValidationError as error:
         raise ValueError("; ".join(_explain(raw, item) for item in _distinct(error))) from None
     if config.starting_layer is not None and config.layers is not None:
         raise ValueError(
-            f"trimix: starting_layer ({config.starting_layer}) and layers ({config.layers!r}) "
+            f"trimix: starting_layer ({quoted(config.starting_layer)}) and layers ({quoted(config.layers)}) "
             "are two spellings of one setting; keep one"
         )
     return config
@@ -134,17 +145,17 @@ def _explain(raw: dict[str, Any], item: dict[str, Any]) -> str:
     key = str(item["loc"][0])
     if item["type"] == "extra_forbidden":
         valid = list(TrimixConfig.model_fields)
-        near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(key[:100], valid, n=1, cutoff=0.5)
         # n_last is the published kernel's own spelling of last_n.
         hint = "last_n" if key == "n_last" else near[0] if near else None
         did_you_mean = f"; did you mean '{hint}'?" if hint else ""
-        return f"unknown key '{key}' in trimix config{did_you_mean} (valid: {', '.join(valid)})"
+        return f"unknown key {quoted(key)} in trimix config{did_you_mean} (valid: {', '.join(valid)})"
     if key == "layers":
-        return f'trimix.layers: {raw[key]!r} is not a layer list; write e.g. "16-31", "5,7,10,15-35" or [5, 7]'
+        return f'trimix.layers: {quoted(raw[key])} is not a layer list; write e.g. "16-31", "5,7,10,15-35" or [5, 7]'
     if key == "shallow":
-        return f'trimix.shallow: {raw[key]!r} is not valid: write e.g. {{"pattern": "flexprefill"}}, or "dense"'
+        return f'trimix.shallow: {quoted(raw[key])} is not valid: write e.g. {{"pattern": "flexprefill"}}, or "dense"'
     message = str(item["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"trimix.{key}: {raw[key]!r} is not valid: should be {message}"
+    return f"trimix.{key}: {quoted(raw[key])} is not valid: should be {message}"
 
 
 def resolve(
@@ -181,7 +192,7 @@ def resolve(
     elif config.starting_layer is not None:
         if config.starting_layer >= num_layers:
             raise ValueError(
-                f"trimix.starting_layer: {config.starting_layer} is outside this model's "
+                f"trimix.starting_layer: {quoted(config.starting_layer)} is outside this model's "
                 f"{num_layers} layers (0-{num_layers - 1})"
             )
         layers, source = tuple(range(config.starting_layer, num_layers)), "config"
@@ -191,13 +202,13 @@ def resolve(
         layers = parse_layers(f"{preset.starting_layer}-{num_layers - 1}", num_layers=num_layers)
     elif config.preset is not None:
         raise ValueError(
-            f'trimix.preset: {config.preset!r} names no layers for this model\'s {num_layers}; add "layers" to it, or '
-            '"base" with the preset that it builds on'
+            f"trimix.preset: {quoted(config.preset)} names no layers for this model's {num_layers}; "
+            'add "layers" to it, or "base" with the preset that it builds on'
         )
     else:
         raise ValueError(
-            f"TRIMIX has no preset for model {model!r} and will not guess its layers. `vllm-trimix probe` finds them "
-            'and writes a preset: {"trimix": {"preset": FILE}}; or set them, e.g. --additional-config '
+            f"TRIMIX has no preset for model {quoted(model)} and will not guess its layers. `vllm-trimix probe` finds "
+            'them and writes a preset: {"trimix": {"preset": FILE}}; or set them, e.g. --additional-config '
             f"'{{\"trimix\": {{\"starting_layer\": {num_layers // 2}}}}}' (README, 'Choosing layers')"
         )
 
@@ -242,7 +253,7 @@ def _load_preset(config: TrimixConfig, model: str, model_entry: object) -> tuple
     if model_entry is not None:
         return _preset_config(model_entry, "the model's config.json entry 'trimix'"), "model"
     entry = find_preset(model)
-    return (None, "config") if entry is None else (_preset_config(entry, f"preset {model!r}"), f"preset:{model}")
+    return (None, "config") if entry is None else (_preset_config(entry, f"preset {quoted(model)}"), f"preset:{model}")
 
 
 def _named_preset(name: str, *, where: str, folder: Path, above: tuple[Path, ...]) -> tuple[TrimixConfig, str]:
@@ -256,30 +267,37 @@ def _named_preset(name: str, *, where: str, folder: Path, above: tuple[Path, ...
     Returns:
         The merged preset, and its name with those of its bases, e.g. ``mine.json+Qwen/Qwen3-8B``.
     """
-    if not is_preset_file(name, folder):
+    try:
+        is_file, path = is_preset_file(name, folder), folder / name
+        real = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{where}: {quoted(name)} is no path: {reason(error)}") from None
+    if not is_file:
         shipped = find_preset(name)
         if shipped is None:
-            raise ValueError(f"{where}: {name!r} is neither a shipped preset nor a file; shipped: {_shipped()}")
+            raise ValueError(f"{where}: {quoted(name)} is neither a shipped preset nor a file; shipped: {_shipped()}")
         return _preset_config(shipped, f"preset {name!r}"), name
-    path = folder / name
-    chain = (*above, path.resolve())
-    if path.resolve() in above:
+    chain = (*above, real)
+    if real in above:
         raise ValueError(
-            f"{where}: {' -> '.join(item.name for item in chain)} is a circle; "
+            f"{where}: {' -> '.join(quoted(item.name)[1:-1] for item in chain)} is a circle; "
             'one of them must name its "layers" instead of a "base"'
         )
-    label = f"preset file {str(path)!r}"
-    entry = _with_own_files(_read_json(path, where), path.resolve().parent)
+    if len(chain) > MAX_BASES:
+        raise ValueError(f"{where}: {quoted(name)} is one preset too many: at most {MAX_BASES} build on one another")
+    label = f"preset file {quoted(str(path))}"
+    entry = read_json(path, f"{where}: cannot read {quoted(str(path))}", max_bytes=MAX_PRESET_BYTES)
+    entry = _with_own_files(entry, real.parent)
     if not isinstance(entry, dict) or "base" not in entry:
         return _preset_config(entry, label), path.name
     base = entry["base"]
     if not isinstance(base, str) or not base:
         raise ValueError(
-            f"{label}: base: {base!r} is not valid: should be a shipped preset or the path of a preset file"
+            f"{label}: base: {quoted(base)} is not valid: should be a shipped preset or the path of a preset file"
         )
     own = _preset_config({key: value for key, value in entry.items() if key != "base"}, label)
     # Read at its real place, so that a link to an overlay still finds the base beside it.
-    below, below_name = _named_preset(base, where=f"{label}: base", folder=path.resolve().parent, above=chain)
+    below, below_name = _named_preset(base, where=f"{label}: base", folder=real.parent, above=chain)
     return _overlaid(own, below), f"{path.name}+{below_name}"
 
 
@@ -308,13 +326,6 @@ def _shipped() -> str:
     from vllm_trimix.presets import preset_names
 
     return ", ".join(preset_names())
-
-
-def _read_json(path: Path, where: str) -> object:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{where}: cannot read {str(path)!r}: {error}") from None
 
 
 def _preset_config(entry: object, name: str) -> TrimixConfig:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any, Literal
 
 from vllm_trimix.patterns.base import DynamicPattern
 from vllm_trimix.patterns.registry import PATTERNS, describe, make_pattern
+from vllm_trimix.untrusted import plain_object, quoted, read_json
 
 FORMAT = "vllm-trimix-heads/1"
 
@@ -56,8 +56,8 @@ def read_head_file(path: str | Path, *, where: str) -> HeadFile:
     Raises:
         ValueError: Unreadable, too large, no JSON, or naming the layer, the head, the bad value and the limit.
     """
-    label = f"{where}: head file {str(path)!r}"
-    data = _load(Path(path), label)
+    label = f"{where}: head file {quoted(str(path))}"
+    data = read_json(Path(path), label, max_bytes=MAX_BYTES)
     if isinstance(data, list):
         return HeadFile(
             tuple(_minference_layer(entry, label, i) for i, entry in enumerate(_some(data, label))), "minference"
@@ -131,7 +131,7 @@ def write_head_file(
     head = {"format": FORMAT, "model": model, "provenance": dict(provenance)}
     try:
         text = json.dumps(head, indent=1, allow_nan=False)
-        if json.loads(text, object_pairs_hook=_object) != head:
+        if json.loads(text, object_pairs_hook=plain_object) != head:
             raise ValueError("is not plain JSON: only strings as keys, no tuples")
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{label}: model and provenance: {error}") from None
@@ -142,45 +142,6 @@ def write_head_file(
 
 def _lines(heads: Sequence[DynamicPattern]) -> str:
     return ",\n".join(f" {json.dumps(describe(pattern), allow_nan=False)}" for pattern in heads)
-
-
-def _load(path: Path, label: str) -> Any:
-    """The file's JSON: no duplicate keys, no NaN, no infinity."""
-    try:
-        if not path.is_file():
-            raise ValueError(f"{label}: there is no such file")
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ValueError(f"{label}: cannot be read: {error}") from None
-    if len(raw) > MAX_BYTES:
-        raise ValueError(f"{label}: is larger than {MAX_BYTES} bytes, the limit; no model has that many heads")
-    try:
-        return json.loads(raw.decode(), object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_finite)
-    except RecursionError:
-        raise ValueError(f"{label}: is nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"{label}: {error}") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"key {_short(key)} stands twice in one object; keep one")
-        found[key] = value
-    return found
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON; write a finite one")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{_short(text)} is too large for a number")
-    return value
 
 
 def _some(layers: Sequence[Any], label: str) -> Sequence[Any]:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_trimix.layers import format_layers, parse_layers
+from vllm_trimix.layers import check_size, format_layers, parse_layers
+from vllm_trimix.untrusted import MAX_TOKENS, check_object, quoted
 
 if TYPE_CHECKING:
     from vllm_trimix.patterns.base import DynamicPattern
@@ -42,8 +43,8 @@ class ShallowConfig(BaseModel):
     pattern: str | None = None
     heads: str | None = Field(default=None, min_length=1)
     layers: str | list[int | str] | None = None
-    last_n: int | None = Field(default=None, ge=0)
-    min_seq_len: int | None = Field(default=None, ge=0)
+    last_n: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
+    min_seq_len: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
 
 
 class Shallow(BaseModel):
@@ -134,13 +135,15 @@ def resolve_shallow(
         return None
     where = "trimix.shallow"
     if not isinstance(raw, dict):
-        raise ValueError(f'{where}: expected an object such as {{"pattern": "flexprefill"}}, got {raw!r}')
+        raise ValueError(f'{where}: expected an object such as {{"pattern": "flexprefill"}}, got {quoted(raw)}')
+    check_object(raw, where)
+    check_size(raw.get("layers"), where=f"{where}.layers")
     try:
         config = ShallowConfig.model_validate(raw)
     except ValidationError as error:
         found = {str(item["loc"][0]): item for item in error.errors()}
         raise ValueError(
-            "; ".join(f"{where}.{key}: {raw[key]!r} is not valid: {item['msg']}" for key, item in found.items())
+            "; ".join(f"{where}.{key}: {quoted(raw[key])} is not valid: {item['msg']}" for key, item in found.items())
         ) from None
     layers = _layers(config, triangle_layers, num_layers, where)
     own = {key: value for key, value in raw.items() if key not in ShallowConfig.model_fields}
@@ -194,7 +197,7 @@ def _patterns(
         pattern = make_pattern({"pattern": config.pattern, **own}, where=where, beside=beside)
         return (describe(pattern),), (), "config"
     if own:
-        raise ValueError(f"{where}: {', '.join(own)} can't stand beside heads: the file has each head's parameters")
+        raise ValueError(f"{where}: {quoted(list(own))} can't stand beside heads: the file has each head's parameters")
     if num_heads is None:
         raise ValueError(f"{where}.heads: head files need the model's number of heads, which is not known here")
     from vllm_trimix.head_files import check_head_file, read_head_file

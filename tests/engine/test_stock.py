@@ -12,7 +12,21 @@ from tests.engine.run import Result, run_job
 from tests.engine.test_logprobs import prompts
 
 LENGTHS = [1, 60, 130, 500]
-BAD = [{"trimix": "of"}, {"trimix": True}, {"trimix": None}, {"trimix_dense": "opt_out"}]
+WRONG: list[Any] = [
+    "of",
+    True,
+    None,
+    1,
+    0.5,
+    ["off"],
+    {"off": "off"},
+    [["off"] * 1000],
+    "off" * 100_000,
+    "off\0",
+    " off",
+]
+UNKNOWN = ["trimix_dense", "trimix_off", "trimix-off", "trimixes", "Trimix", "TRIMIX", "trimix ", "trimix\0"]
+BAD = [{"trimix": value} for value in WRONG] + [{key: "off"} for key in UNKNOWN]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +57,9 @@ def test_below_the_threshold_and_with_an_empty_set(model: Path, tmp_path: Path) 
     assert sparse.rows["triangle"] > 0
     assert sparse.waves != stock.waves, "the mask changed nothing: this test proves nothing"
     for result in (below, empty, sparse):
-        assert all("allowed values: 'on' (default), 'triangle'" in refusal for refusal in result.refusals[:3])
-        assert "trimix_dense is internal" in result.refusals[3]
+        wrong, unknown = result.refusals[: len(WRONG)], result.refusals[len(WRONG) :]
+        assert all("allowed values: 'on' (default), 'triangle'" in refusal for refusal in wrong)
+        assert "trimix_dense is internal" in unknown[0]
+        assert all("is unknown; use vllm_xargs.trimix with" in refusal for refusal in unknown[1:])
         assert " BUT " not in "".join(result.refusals)
+        assert all(len(refusal) < 1000 for refusal in result.refusals)

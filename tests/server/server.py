@@ -64,7 +64,13 @@ class Server:
 
 @contextlib.contextmanager
 def serve(
-    model: Path, log: Path, *, trimix: dict[str, Any] | None, arguments: tuple[str, ...] = (), backend: str = "TRIMIX"
+    model: Path,
+    log: Path,
+    *,
+    trimix: dict[str, Any] | None,
+    arguments: tuple[str, ...] = (),
+    backend: str = "TRIMIX",
+    start_timeout: float = 240,
 ) -> Iterator[Server]:
     """Starts ``vllm serve``, waits until it is healthy, and stops it with Ctrl-C's signal."""
     port = free_port()
@@ -88,7 +94,7 @@ def serve(
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True)
     server = Server(process, port, log)
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + start_timeout
         while True:
             assert process.poll() is None, server.log[-5000:]
             assert time.monotonic() < deadline, server.log[-5000:]

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from tests.server.server import Server, serve
+from tests.tiers import Tier
 from vllm_trimix.cli.main import main
 from vllm_trimix.demo.prompts import make_demo_prompt
 
@@ -105,7 +106,7 @@ def test_requests_that_read_prompt_rows_measure_stock(server: Server) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize("value", ["of", "", 1, 0.5, False, ["off"]], ids=repr)
+@pytest.mark.parametrize("value", ["of", "", 1, 0.5, False, ["off"], "off" * 10_000], ids=lambda value: repr(value)[:9])
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
 def test_bad_xargs_are_refused(server: Server, path: str, value: Any, stream: bool) -> None:
     body: dict[str, Any] = {"stream": stream, "vllm_xargs": {"trimix": value}}
@@ -118,6 +119,24 @@ def test_bad_xargs_are_refused(server: Server, path: str, value: Any, stream: bo
     assert response.status_code == 400, response.text
     assert "vllm_xargs.trimix" in response.text
     assert "allowed values: 'on' (default), 'triangle'" in response.text
+
+
+@pytest.mark.tier("I")
+@pytest.mark.parametrize("value", [None, {"off": 1}, [["off"]], [None], {}], ids=repr)
+def test_xargs_of_types_that_vllm_itself_refuses(server: Server, value: Any, tier: Tier) -> None:
+    response = server.post("/v1/completions", {"prompt": "amber", "max_tokens": 2, "vllm_xargs": {"trimix": value}})
+    assert response.status_code == 400, response.text
+    assert "vllm_xargs" in response.text
+    tier.case("http", repr(value))
+
+
+@pytest.mark.tier("I")
+@pytest.mark.parametrize("key", ["trimix_off", "Trimix", "trimix-shallow", "trimix\0"])
+def test_unknown_xargs_that_begin_with_the_name_are_refused(server: Server, key: str, tier: Tier) -> None:
+    response = server.post("/v1/completions", {"prompt": "amber", "max_tokens": 2, "vllm_xargs": {key: "off"}})
+    assert response.status_code == 400, response.text
+    assert "is unknown; use vllm_xargs.trimix with 'on', 'triangle' or 'off'" in response.text
+    tier.case("http", key)
 
 
 def test_beam_search_cannot_drop_the_opt_out(server: Server) -> None:

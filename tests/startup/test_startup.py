@@ -14,6 +14,9 @@ import pytest
 from transformers import BertConfig, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config
 
+from tests.tiers import Tier
+from vllm_trimix.cli import doctor
+
 SMALL: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 64,
@@ -191,7 +194,7 @@ def test_serve_stops_in_the_front_end(models: dict[str, str]) -> None:
 
 
 def test_doctor(models: dict[str, str]) -> None:
-    def doctor(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-c", "from vllm_trimix.cli.main import main; exit(main())", "doctor", *arguments],
             capture_output=True,
@@ -200,17 +203,37 @@ def test_doctor(models: dict[str, str]) -> None:
             check=False,
         )
 
-    good = doctor(models["llama"], "--config", '{"layers": "2-3"}')
+    good = run(models["llama"], "--config", '{"layers": "2-3"}')
     assert good.returncode == 0, good.stdout + good.stderr
     assert "layers 2-3 of 4 run the triangle by kernel torch_cpu on CPU_ATTN" in good.stdout
     assert "survives pickling into a fresh process" in good.stdout
     assert "torch_cpu: error" in good.stdout
     kernel = r"ok +cpu kernel +(compiled, would run as \w+ for bf16|plain PyTorch \(.*was not built)"
     assert re.search(kernel, good.stdout)
-    bad = doctor(models["llama"], "--config", '{"layers": "9"}', VLLM_PLUGINS="lora")
+    bad = run(models["llama"], "--config", '{"layers": "9"}', VLLM_PLUGINS="lora")
     assert bad.returncode == 1
     assert "'9' is outside this model's 4 layers" in bad.stdout
     assert "VLLM_PLUGINS='lora' leaves TRIMIX out" in bad.stdout
+
+
+@pytest.mark.tier("J")
+@pytest.mark.parametrize("allowed", [None, "trimix", "lora,trimix", "", "lora", "lora, trimix", "Trimix", "trimix2"])
+def test_doctor_knows_whether_vllm_loads_the_plugin(
+    allowed: str | None, monkeypatch: pytest.MonkeyPatch, tier: Tier
+) -> None:
+    """The same verdict as vLLM's own loader, and a hint that says what to change."""
+    from vllm.plugins import DEFAULT_PLUGINS_GROUP, load_plugins_by_group
+
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if allowed is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", allowed)
+    if "trimix" in load_plugins_by_group(DEFAULT_PLUGINS_GROUP):
+        assert "vllm_trimix.plugin:register" in doctor._plugin()
+    else:
+        hint = f"VLLM_PLUGINS={allowed!r} leaves TRIMIX out; add trimix to it or unset it"
+        with pytest.raises(RuntimeError, match=re.escape(hint)):
+            doctor._plugin()
+    tier.case("doctor", allowed)
 
 
 def test_doctor_on_an_installation_without_vllm(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from vllm_trimix.backend import compat
 from vllm_trimix.config import Resolved
+from vllm_trimix.untrusted import quoted
 
 KEY = "trimix"
 # Stamped by admission, read by workers; users may not set it.
@@ -70,17 +71,25 @@ def check_extra_args(extra_args: dict[str, Any] | None) -> None:
 
     if not extra_args:
         return
-    if DENSE_KEY in extra_args:
+    if not isinstance(extra_args, dict):
         raise VLLMValidationError(
-            f"vllm_xargs.{DENSE_KEY} is internal; use vllm_xargs.{KEY} with 'on', 'triangle' or 'off'",
-            parameter="vllm_xargs",
+            f"vllm_xargs: {quoted(extra_args)} is not an object of arguments", parameter="vllm_xargs"
         )
-    if KEY in extra_args and extra_args[KEY] not in ALLOWED:
+    for key in extra_args:
+        # Whatever begins with our name was meant for us: a typo must not be an opt-out that nobody obeys.
+        if key != KEY and str(key)[: len(KEY)].lower() == KEY:
+            what = "is internal" if key == DENSE_KEY else "is unknown"
+            raise VLLMValidationError(
+                f"vllm_xargs.{quoted(key)[1:-1]} {what}; use vllm_xargs.{KEY} with 'on', 'triangle' or 'off'",
+                parameter="vllm_xargs",
+            )
+    value = extra_args.get(KEY, "on")
+    if not isinstance(value, str) or value not in ALLOWED:
         raise VLLMValidationError(
-            f"vllm_xargs.{KEY}: {extra_args[KEY]!r} is not valid; "
+            f"vllm_xargs.{KEY}: {quoted(value)} is not valid; "
             "allowed values: 'on' (default), 'triangle' (shallow layers dense), 'off' (all dense)",
             parameter="vllm_xargs",
-            value=extra_args[KEY],
+            value=quoted(value),
         )
 
 
@@ -170,8 +179,8 @@ def _beam(original: Callable[..., Any]) -> Callable[..., Any]:
             choice = (self.vllm_xargs or {}).get(KEY, "on")
             if choice != "on":
                 raise VLLMValidationError(
-                    f"vllm_xargs.{KEY} {choice!r} can't be combined with use_beam_search: beam search makes requests "
-                    "of its own, without extra arguments. Leave one of them out",
+                    f"vllm_xargs.{KEY} {quoted(choice)} can't be combined with use_beam_search: beam search makes "
+                    "requests of its own, without extra arguments. Leave one of them out",
                     parameter="vllm_xargs",
                 )
         return original(self, *args, **kwargs)
@@ -186,8 +195,8 @@ def _refuse_reserved_salt(cache_salt: str | None) -> None:
     for salt in (SALT, TRIANGLE_SALT, DYNAMIC_SALT):
         if cache_salt is not None and cache_salt.startswith(salt):
             raise VLLMValidationError(
-                f"cache_salt {cache_salt!r} starts with {salt!r}, which TRIMIX keeps for requests of its own choice; "
-                "choose another salt",
+                f"cache_salt {quoted(cache_salt)} starts with {salt!r}, which TRIMIX keeps for requests of its own "
+                "choice; choose another salt",
                 parameter="cache_salt",
             )
 

@@ -8,8 +8,8 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+# Nothing else of this package: a process with another backend pays for what is imported here.
 from vllm_trimix.backend import compat
-from vllm_trimix.config import ConfigurationError
 
 NAME = "TRIMIX"
 CLASS_PATH = "vllm_trimix.backend.attention.TrimixBackend"
@@ -65,7 +65,7 @@ def _checked_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def check_and_update_config(cls: type, vllm_config: Any) -> None:
         selected = uses_trimix(vllm_config)
         if selected and (reason := compat.unsupported_reason()):
-            raise ConfigurationError(reason)
+            raise _configuration_error(reason)
         original(cls, vllm_config)
         if selected:
             from vllm_trimix.backend import admission, settings
@@ -73,7 +73,7 @@ def _checked_config(original: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 settings.resolve_into(vllm_config)
             except ValueError as error:
-                raise ConfigurationError(str(error)) from None
+                raise _configuration_error(str(error)) from None
             admission.install()
         elif _ignored_entry(vllm_config.additional_config):
             logger.warning_once(
@@ -82,6 +82,12 @@ def _checked_config(original: Callable[..., Any]) -> Callable[..., Any]:
             )
 
     return check_and_update_config
+
+
+def _configuration_error(reason: str) -> Exception:
+    from vllm_trimix.config import ConfigurationError
+
+    return ConfigurationError(reason)
 
 
 def _ignored_entry(additional: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from vllm_trimix.config import Resolved, resolve
 from vllm_trimix.layers import format_layers
 from vllm_trimix.shallow import COMPILED_CPU_MIN_SEQ_LEN, DEFAULT_MIN_SEQ_LEN
+from vllm_trimix.untrusted import quoted
 
 ENTRY = "trimix"
 RESOLVED = "trimix_resolved"
@@ -31,7 +32,10 @@ def resolve_into(vllm_config: Any) -> None:
             f"TRIMIX reads --additional-config as a JSON object; got {type(additional).__name__}. "
             'Pass e.g. \'{"trimix": {"starting_layer": 16}}\''
         )
-    if RESOLVED in additional or vllm_config.model_config is None:
+    if RESOLVED in additional:
+        _check_copy(additional)
+        return
+    if vllm_config.model_config is None:
         return
     _check_model(vllm_config)
     _check_features(vllm_config)
@@ -51,6 +55,17 @@ def resolve_into(vllm_config: Any) -> None:
         _check_connector(vllm_config)
     _check_dense_backend(resolved)
     vllm_config.additional_config = {**additional, RESOLVED: resolved.model_dump(mode="json")}
+
+
+def _check_copy(additional: dict[str, Any]) -> None:
+    """Refuses resolved settings that no front end wrote: workers would trip over them."""
+    try:
+        Resolved.model_validate(additional[RESOLVED])
+    except ValueError:
+        raise ValueError(
+            f"additional_config.{RESOLVED} is internal, and {quoted(additional[RESOLVED])} is not what TRIMIX writes "
+            f"there; remove it, and write {ENTRY} instead"
+        ) from None
 
 
 def of(vllm_config: Any) -> Resolved:

@@ -16,6 +16,7 @@ from vllm_trimix.patterns.dense import Dense
 from vllm_trimix.patterns.flexprefill import FlexPrefill
 from vllm_trimix.patterns.vertical_slash import VerticalSlash
 from vllm_trimix.patterns.xattention import XAttention
+from vllm_trimix.untrusted import quoted
 
 PATTERNS: dict[str, Any] = {
     pattern.name: pattern for pattern in (AShape, VerticalSlash, BlockSparse, FlexPrefill, XAttention, Dense)
@@ -36,18 +37,18 @@ def make_pattern(entry: Mapping[str, Any], *, where: str, beside: tuple[str, ...
     name = entry.get("pattern")
     # A list or an object has no hash.
     if not isinstance(name, str) or name not in PATTERNS:
-        near = difflib.get_close_matches(str(name), PATTERNS, n=1)
+        near = difflib.get_close_matches(name[:100], PATTERNS, n=1) if isinstance(name, str) else []
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"{where}.pattern: {name!r} is not a pattern{hint} (valid: {', '.join(PATTERNS)})")
+        raise ValueError(f"{where}.pattern: {quoted(name)} is not a pattern{hint} (valid: {', '.join(PATTERNS)})")
     cls = PATTERNS[name]
     parameters = {key: value for key, value in entry.items() if key != "pattern"}
     own = [field.name for field in dataclasses.fields(cls)]
     valid = [*own, *(key for key in beside if key != "pattern")]
     for key in parameters:
         if key not in own:
-            near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(str(key)[:100], valid, n=1, cutoff=0.5)
             hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise ValueError(f"{where}: {name} has no parameter '{key}'{hint} (valid: {', '.join(valid)})")
+            raise ValueError(f"{where}: {name} has no parameter {quoted(key)}{hint} (valid: {', '.join(valid)})")
     try:
         pattern: DynamicPattern = cls(**parameters)
     except ValidationError as error:
@@ -64,4 +65,4 @@ def _explain(where: str, item: Any) -> str:
     message = str(item["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
     if not item["loc"]:
         return f"{where}: {message}"
-    return f"{where}.{item['loc'][0]}: {item['input']!r} is not valid: should be {message}"
+    return f"{where}.{item['loc'][0]}: {quoted(item['input'])} is not valid: should be {message}"
