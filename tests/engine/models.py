@@ -53,6 +53,8 @@ class _Rule:
     pattern = Triangle()
     layers: frozenset[int] = frozenset()
     prompt_len = 0
+    # Leading rows that an earlier prompt left in the cache, and the length of that prompt.
+    earlier = (0, 0)
     # Patterns of each layer's heads, and the sparse rows [first, end) of the pass in progress.
     dynamic: ClassVar[dict[int, Sequence[DynamicPattern]]] = {}
     body = (0, 0)
@@ -71,6 +73,8 @@ def _masked(
     rows = keys[-query.shape[2] :]
     if module.layer_idx in _Rule.layers:
         mask = _Rule.pattern.mask(rows, keys, _Rule.prompt_len)
+        cached, cached_len = _Rule.earlier
+        mask[:cached] = _Rule.pattern.mask(rows[:cached], keys, cached_len)
     else:
         mask = rows[:, None] >= keys
     if module.layer_idx in _Rule.dynamic and _Rule.body[1] > _Rule.body[0]:
@@ -86,13 +90,43 @@ def _masked(
     return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
 
 
-@torch.no_grad()
 def true_logprobs(
-    path: Path, prompt: list[int], answer: list[int], *, layers: frozenset[int], pattern: Triangle
+    path: Path,
+    prompt: list[int],
+    answer: list[int],
+    *,
+    layers: frozenset[int],
+    pattern: Triangle,
+    earlier: tuple[int, int] = (0, 0),
 ) -> list[float]:
-    """Log-probability of each answer token, given the prompt and the answer before it, under the mask."""
+    """Log-probability of each answer token, given the prompt and the answer before it, under the mask.
+
+    Args:
+        path: The model.
+        prompt: Its tokens.
+        answer: Tokens to score.
+        layers: Triangle layers.
+        pattern: The triangle.
+        earlier: Leading rows that an earlier prompt computed and left in the cache, and the length of that prompt,
+            whose rule they follow.
+    """
+    return _true_logprobs(str(path), tuple(prompt), tuple(answer), layers, pattern, earlier)
+
+
+# Engines that differ in nothing but how they cut the work say the same.
+@functools.cache
+@torch.no_grad()
+def _true_logprobs(
+    path: str,
+    prompt: tuple[int, ...],
+    answer: tuple[int, ...],
+    layers: frozenset[int],
+    pattern: Triangle,
+    earlier: tuple[int, int],
+) -> list[float]:
     _Rule.layers, _Rule.pattern, _Rule.prompt_len, _Rule.dynamic = layers, pattern, len(prompt), {}
-    logits = _load(str(path))(torch.tensor([prompt + answer[:-1]]), use_cache=False).logits[0, len(prompt) - 1 :]
+    _Rule.earlier = earlier
+    logits = _load(path)(torch.tensor([prompt + answer[:-1]]), use_cache=False).logits[0, len(prompt) - 1 :]
     return torch.log_softmax(logits.double(), -1).gather(1, torch.tensor(answer)[:, None])[:, 0].tolist()
 
 
@@ -121,6 +155,7 @@ def true_dynamic_logprobs(
     from transformers import DynamicCache
 
     _Rule.layers, _Rule.pattern, _Rule.prompt_len, _Rule.dynamic = layers, pattern, len(prompt), dynamic
+    _Rule.earlier = (0, 0)
     tokens, cache, logits = prompt + answer[:-1], DynamicCache(), []
     edges = [edge for position, _, end in spans for edge in (position, end)]
     bodies = {position: (position, position + rows) for position, rows, _ in spans}

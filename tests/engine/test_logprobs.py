@@ -139,8 +139,6 @@ def test_ngram_speculation(tiny: Any, tmp_path: Path) -> None:
 def test_parallel(engine: dict[str, Any], env: dict[str, str], tiny: Any, tmp_path: Path) -> None:
     model = tiny(4, 2)
     wave = both_ways(prompts(BOUNDARIES + LONG))
-    result = run_job(
-        tmp_path, model, [wave], engine={"max_num_batched_tokens": 200, **engine}, env=env, stdout_rows=True
-    )
+    result = run_job(tmp_path, model, [wave], engine={"max_num_batched_tokens": 200, **engine}, env=env)
     assert_matches_truth(model, wave, result.waves[0])
     assert result.rows["triangle"] > 0
