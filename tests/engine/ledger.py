@@ -55,15 +55,15 @@ class Ledger:
 
     def facts(self, wave: list[dict[str, Any]], pattern: Triangle) -> dict[str, bool]:
         """What ``tier.case`` records of a wave."""
-        inside = [
-            0 < chunk.first - (len(wave[chunk.request]["prompt"]) - pattern.last_n) < pattern.last_n
-            for chunk in self.chunks
-            if chunk not in self.entries()
-        ]
+        entries = self.entries()
+        last_rows = {index: len(request["prompt"]) - pattern.last_n for index, request in enumerate(wave)}
+        inside = [0 < chunk.first - last_rows[chunk.request] < pattern.last_n for chunk in self.chunks]
+        hits = [0 < chunk.first - last_rows[chunk.request] < pattern.last_n for chunk in entries]
         return {
             "triangle": self.rows["triangle"] > 0,
-            "straddling": any(inside),
-            "cached": any(chunk.first > 0 for chunk in self.entries()),
+            # What a hit left to compute may start there as well; that is no chunk's end.
+            "straddling": sum(inside) > sum(hits),
+            "cached": any(chunk.first > 0 for chunk in entries),
             "resumed": any(chunk.resumed for chunk in self.chunks),
         }
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from tests.engine.ledger import Chunk, Ledger
 from tests.engine.models import true_logprobs
+from tests.tiers import Tier
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.stats import TOTALS
 
@@ -136,6 +137,20 @@ def logged_rows(log: str) -> list[dict[str, int]]:
             rows.update({key: int(value) for key, value in (item.split(":") for item in reasons.split(","))})
         found.append(rows)
     return found
+
+
+def count(tier: Tier, *key: object, waves: list[list[dict[str, Any]]], result: Result, engine: dict[str, Any]) -> None:
+    """Reports an engine's run to its tier as one case; facts that its arguments rule out are left out."""
+    found = [ledger.facts(wave, PATTERN) for wave, ledger in zip(waves, result.ledgers, strict=True)]
+    facts = {name: any(each[name] for each in found) for name in found[0]}
+    longest = max(len(request["prompt"]) for wave in waves for request in wave)
+    if engine.get("max_num_batched_tokens", longest) >= longest:
+        del facts["straddling"]
+    if not engine.get("enable_prefix_caching"):
+        del facts["cached"]
+    if "num_gpu_blocks_override" not in engine:
+        del facts["resumed"]
+    tier.case(*key, **facts)
 
 
 def both_ways(prompts: list[list[int]], max_tokens: int = 6) -> list[dict[str, Any]]:
