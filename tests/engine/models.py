@@ -17,8 +17,14 @@ VOCAB_SIZE = 256
 NUM_LAYERS = 4
 
 
-def save_tiny_llama(path: Path, *, num_heads: int, num_kv_heads: int, head_size: int = 32, seed: int = 0) -> Path:
-    """Writes a random fp32 Llama with weights large enough that attention matters."""
+def save_tiny_llama(
+    path: Path, *, num_heads: int, num_kv_heads: int, head_size: int = 32, seed: int = 0, embedding_scale: float = 1.0
+) -> Path:
+    """Writes a random fp32 Llama with weights large enough that attention matters.
+
+    With embeddings scaled by 1000 the likeliest next token follows from the last one alone: answers run in circles, so
+    that n-grams guess them, while probabilities still depend on the prompt.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if not (path / "config.json").exists():
@@ -35,7 +41,9 @@ def save_tiny_llama(path: Path, *, num_heads: int, num_kv_heads: int, head_size:
             initializer_range=0.25,
             tie_word_embeddings=False,
         )
-        LlamaForCausalLM(config).float().save_pretrained(path)
+        model = LlamaForCausalLM(config).float()
+        model.model.embed_tokens.weight.data *= embedding_scale
+        model.save_pretrained(path)
     return path
 
 

@@ -65,6 +65,7 @@ def run_job(
     env: dict[str, str] | None = None,
     stdout_rows: bool = False,
     bad_extra_args: list[dict[str, Any]] | None = None,
+    timeout: int = 600,
 ) -> Result:
     """Runs one engine over the waves.
 
@@ -77,6 +78,7 @@ def run_job(
         env: Environment of the engine.
         stdout_rows: Read the counters from the log lines: the engine core is another process.
         bad_extra_args: Arguments to try after the waves, expecting a refusal.
+        timeout: Seconds; ample, for machines that do something else as well.
     """
     engine = {"additional_config": {"trimix": {**CONFIG, **(trimix or {})}}, **(engine or {}), "model": str(model)}
     job = {"engine": engine, "waves": waves, "env": env or {}, "bad_extra_args": bad_extra_args or []}
@@ -88,7 +90,7 @@ def run_job(
         text=True,
         cwd=ROOT,
         env={**os.environ, **(env or {})},
-        timeout=600,
+        timeout=timeout,
         check=False,
     )
     log = process.stdout + process.stderr
