@@ -49,8 +49,8 @@ class Engine(NamedTuple):
         }
 
     def environment(self) -> dict[str, str]:
-        """One core for each rank."""
-        return {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if self.tp == 2 else {}
+        """One core for each rank: small layers gain nothing from a second, and wait for it on a busy machine."""
+        return {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if self.tp == 2 else {"OMP_NUM_THREADS": "1"}
 
 
 # For each chunk size five rows that hold every pair of the other four values: so every three values occur together.
