@@ -8,8 +8,8 @@ from tests.engine.run import PATTERN, both_ways
 from tests.engine.test_logprobs import BOUNDARIES, prompts
 
 MODEL_LEN = 2304
-# Pages of 32 tokens: the calm waves fit, the pressing ones fit until they answer.
-BLOCKS = 168
+# Pages of 32 tokens, one of them vLLM's own: the calm waves fit, the pressing ones until the first answer needs a page.
+BLOCKS = 166
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 
 
@@ -73,7 +73,7 @@ class Load(NamedTuple):
 
     Attributes:
         preempted: More is asked than the cache holds.
-        opt_out: Half of the requests opt out.
+        opt_out: Some of the requests opt out, in the same batches.
     """
 
     preempted: bool
@@ -90,8 +90,8 @@ LOADS = [Load(False, True), Load(False, False), Load(True, True), Load(True, Fal
 def asked(load: Load) -> list[dict[str, Any]]:
     """The wave of a load."""
     if load.preempted:
-        # Five of 33 pages, that need a 34th while they answer. Of a step's 2048 tokens the second gets all but its last
-        # rows.
+        # Five of 33 pages each, and a 34th for the answer's end. Of a step's 2048 tokens the second gets all but some
+        # of its last rows.
         long = prompts([1026, 1027, 1025, 1028, 1026], seed=2 + load.opt_out)
         return [*both_ways(long[:2], 36), *triangle(long[2:3], 36)] if load.opt_out else triangle(long, 36)
     # The last rows of the first straddle the end of every chunk, those of the second of a small one.
@@ -112,7 +112,7 @@ def triangle(found: list[list[int]], max_tokens: int = 6) -> list[dict[str, Any]
 
 
 def repeated(length: int, *, seed: int) -> list[int]:
-    """A prompt whose continuation n-grams can guess."""
+    """A prompt full of n-grams that come again."""
     return (prompts([40], seed=seed)[0] * (length // 40 + 1))[:length]
 
 

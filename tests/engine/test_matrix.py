@@ -69,7 +69,7 @@ def test_answers_and_rows(run: Run, load: Load, tier: Tier) -> None:
     drafts, accepted = ledger.metric("spec_decode_num_draft_tokens"), ledger.metric("spec_decode_num_accepted_tokens")
     assert (drafts > 0) == engine.ngram
     if engine.ngram and load.preempted:
-        assert drafts / 10 < accepted < drafts, f"{accepted} of {drafts} drafts were accepted"
+        assert 0 < accepted < drafts, f"{accepted} of {drafts} drafts were accepted"
     if engine.chunk is None:
         assert not facts.pop("straddling")
     if not engine.prefix_cache:
