@@ -131,9 +131,11 @@ def facts(make: Callable[..., Any]) -> dict[str, Any]:
     try:
         plan = builder.build(0, common).trimix
         drafted = builder.build_for_drafting(common, 0).trimix
+        micro_batched = micro_batches(builder, common, step)
     finally:
         requests._current = saved
     return {
+        "micro_batched": micro_batched,
         "name": backend.get_name(),
         "stock_graphs": builder.dense_builder_cls.get_cudagraph_support(config, spec).name,
         "graphs": builder_cls.get_cudagraph_support(config, spec).name,
@@ -155,6 +157,23 @@ def facts(make: Callable[..., Any]) -> dict[str, Any]:
         "stock_impl": [isinstance(layer.impl, builder_impl(builder)) for layer in engine.model.layers],
         "stock_without_metadata": bool((without_metadata(engine) == 0).all()),
     }
+
+
+def micro_batches(builder: Any, common: Any, step: Any) -> dict[str, Any]:
+    """What is counted and planned when vLLM cuts the step in the middle of a prompt and builds each half's metadata."""
+    from vllm.v1.worker.ubatch_utils import UBatchSlice, split_attn_metadata
+
+    cut, rows = 45, common.num_actual_tokens
+    starts = common.query_start_loc_cpu.tolist()
+    (index,) = (index for index, start in enumerate(starts[:-1]) if start < cut < starts[index + 1])
+    halves = [
+        UBatchSlice(slice(0, index + 1), slice(0, cut)),
+        UBatchSlice(slice(index, common.num_reqs), slice(cut, rows)),
+    ]
+    before, step.planned, builder._ubatching = step.stats.rows.copy(), False, True
+    planned = [builder.build(0, half).trimix is not None for half in split_attn_metadata(halves, common)]
+    builder._ubatching = False
+    return {"planned": planned, "counted": dict(step.stats.rows - before), "rows": rows}
 
 
 def builder_impl(builder: Any) -> type:

@@ -74,6 +74,11 @@ class TestComposedClasses:
         assert facts["planned"]
         assert [facts["drafted"], facts["captured"], facts["outside"]] == [False, False, False]
 
+    def test_micro_batches_are_dense_and_counted_whole(self, report: dict[str, Any], dense: str) -> None:
+        found = report["facts"][dense]["micro_batched"]
+        assert found["planned"] == [False, False]
+        assert found["counted"] == {"ubatch": found["rows"]}
+
     def test_binds_layers_by_their_index(self, report: dict[str, Any], dense: str) -> None:
         facts = report["facts"][dense]
         assert facts["active"] == [False, True, False, True]

@@ -1,7 +1,8 @@
 """Runs one vLLM engine in a process of its own: a job as JSON on stdin, the results as JSON in a file.
 
 A job is ``{"engine": {LLM arguments}, "waves": [[{"prompt", "max_tokens", "trimix", ...}]], "env": {}}``. Waves run one
-after the other on the same engine, so that a later wave can hit the prefix cache of an earlier one.
+after the other on the same engine, so that a later wave can hit the prefix cache of an earlier one. After each wave the
+counters of TRIMIX, those of vLLM and what vLLM's scheduler scheduled are written down.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import os
 import sys
 
 
-def totals() -> list[dict[str, int]]:
-    """The counters of every runner in this process."""
+def totals(worker: object = None) -> list[dict[str, int]]:
+    """The counters of every runner in the process of this worker."""
     from vllm_trimix.backend import requests
 
     found = []
@@ -61,6 +62,36 @@ def record_dynamic_spans() -> list[list[int]]:
     return spans
 
 
+def record_schedule() -> list[list[int]]:
+    """A list that gets every scheduled chunk: request, first position, rows, drafts among them, whether resumed."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    chunks: list[list[int]] = []
+    seen: set[str] = set()
+    original = Scheduler.schedule
+
+    def recorded(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        old = output.scheduled_cached_reqs
+        # Model runner V2 is told of resumed requests as of new ones.
+        new_reqs = output.scheduled_new_reqs
+        found = [(new.req_id, new.num_computed_tokens, new.req_id in seen) for new in new_reqs]
+        seen.update(new.req_id for new in new_reqs)
+        found += [
+            (req_id, first, req_id in old.resumed_req_ids)
+            for req_id, first in zip(old.req_ids, old.num_computed_tokens, strict=True)
+        ]
+        for req_id, first, resumed in found:
+            drafts = len(output.scheduled_spec_decode_tokens.get(req_id, ()))
+            # vLLM numbers requests and appends random letters.
+            number = int(req_id.split("-")[0])
+            chunks.append([number, first, output.num_scheduled_tokens[req_id], drafts, int(resumed)])
+        return output
+
+    Scheduler.schedule = recorded
+    return chunks
+
+
 def main() -> None:
     job = json.load(sys.stdin)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -79,9 +110,10 @@ def main() -> None:
         "disable_log_stats": False,
         **job["engine"],
     }
+    scheduled = record_schedule()
     llm = LLM(**engine)
     spans = record_dynamic_spans()
-    waves = []
+    waves, ledgers, served = [], [], 0
     for wave in job["waves"]:
         params = [
             SamplingParams(
@@ -109,11 +141,16 @@ def main() -> None:
                 for output in outputs
             ]
         )
+        chunks = [[number - served, *rest] for number, *rest in scheduled]
+        # An engine core in another process runs no function of ours, and its schedule isn't seen either.
+        here = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+        workers = llm.collective_rpc(totals) if here else []
+        ledgers.append({"workers": workers, "metrics": counters(llm), "chunks": chunks})
+        served += len(wave)
+        scheduled.clear()
     refusals = [refused(llm, extra_args) for extra_args in job.get("bad_extra_args", [])]
     with open(sys.argv[1], "w") as file:
-        json.dump(
-            {"waves": waves, "stats": totals(), "metrics": counters(llm), "refusals": refusals, "spans": spans}, file
-        )
+        json.dump({"waves": waves, "ledgers": ledgers, "refusals": refusals, "spans": spans}, file)
 
 
 if __name__ == "__main__":

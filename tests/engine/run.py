@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -12,8 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.engine.ledger import Chunk, Ledger
 from tests.engine.models import true_logprobs
+from tests.tiers import Tier
 from vllm_trimix.patterns.triangle import Triangle
+from vllm_trimix.stats import TOTALS
 
 ROOT = Path(__file__).parents[2]
 PATTERN = Triangle(n_init=4, n_local=16, last_n=8)
@@ -36,6 +40,7 @@ class Result:
         waves: Per wave and request: ``tokens``, ``logprobs``, ``cached_tokens``.
         rows: Query rows by class, over the whole run.
         metrics: vLLM's own counters.
+        ledgers: What each wave cost.
         log: Everything the engine printed.
         refusals: What the engine said to each of the ``bad_extra_args``.
         spans: Chunks of dynamic patterns, in order, by prompt length: position, sparse rows, keys.
@@ -47,6 +52,7 @@ class Result:
     log: str
     refusals: list[str]
     spans: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)
+    ledgers: list[Ledger] = field(default_factory=list)
 
 
 def run_job(
@@ -59,6 +65,7 @@ def run_job(
     env: dict[str, str] | None = None,
     stdout_rows: bool = False,
     bad_extra_args: list[dict[str, Any]] | None = None,
+    timeout: int = 600,
 ) -> Result:
     """Runs one engine over the waves.
 
@@ -69,8 +76,9 @@ def run_job(
         engine: LLM arguments on top of the child's own.
         trimix: ``trimix`` keys on top of ``CONFIG``.
         env: Environment of the engine.
-        stdout_rows: Read the counters from the log lines: workers are other processes.
+        stdout_rows: Read the counters from the log lines: the engine core is another process.
         bad_extra_args: Arguments to try after the waves, expecting a refusal.
+        timeout: Seconds; ample, for machines that do something else as well.
     """
     engine = {"additional_config": {"trimix": {**CONFIG, **(trimix or {})}}, **(engine or {}), "model": str(model)}
     job = {"engine": engine, "waves": waves, "env": env or {}, "bad_extra_args": bad_extra_args or []}
@@ -82,21 +90,42 @@ def run_job(
         text=True,
         cwd=ROOT,
         env={**os.environ, **(env or {})},
-        timeout=300,
+        timeout=timeout,
         check=False,
     )
     log = process.stdout + process.stderr
     assert process.returncode == 0, log[-6000:]
     result = json.loads(out.read_text())
-    rows: Counter[str] = Counter()
-    for totals in logged_rows(log) if stdout_rows else result["stats"]:
-        rows.update(totals)
     spans: dict[int, list[tuple[int, int, int]]] = {}
     for prompt_len, *span in result["spans"]:
         chunks = spans.setdefault(prompt_len, [])
         # A resumed request starts again: what it computes last stays in the cache.
         chunks[:] = [*(chunk for chunk in chunks if chunk[0] < span[0]), tuple(span)]
-    return Result(result["waves"], rows, result["metrics"], log, result["refusals"], spans)
+    ledgers = _ledgers(result["ledgers"])
+    rows: Counter[str] = Counter()
+    metrics: Counter[str] = Counter()
+    for ledger in ledgers:
+        rows.update(ledger.rows)
+        metrics.update(ledger.metrics)
+    if stdout_rows:
+        for line in logged_rows(log):
+            rows.update(line)
+    return Result(result["waves"], rows, metrics, log, result["refusals"], spans, ledgers)
+
+
+def _ledgers(found: list[dict[str, Any]]) -> list[Ledger]:
+    """What each wave added to the totals; the rows are those of the first worker, and every other one's."""
+    ledgers: list[Ledger] = []
+    before: tuple[dict[str, int], dict[str, float]] = ({}, {})
+    for wave in found:
+        totals = [dict(sum(map(Counter, worker), Counter())) for worker in wave["workers"]]
+        classes = [{key: value for key, value in each.items() if key not in TOTALS} for each in totals]
+        assert all(each == classes[0] for each in classes), f"workers count differently: {totals}"
+        now = (totals[0] if totals else {}, wave["metrics"])
+        rows, metrics = ({key: new[key] - old.get(key, 0) for key in new} for new, old in zip(now, before, strict=True))
+        ledgers.append(Ledger(Counter(rows), metrics, [Chunk(*chunk) for chunk in wave["chunks"]]))
+        before = now
+    return ledgers
 
 
 def logged_rows(log: str) -> list[dict[str, int]]:
@@ -112,6 +141,20 @@ def logged_rows(log: str) -> list[dict[str, int]]:
     return found
 
 
+def count(tier: Tier, *key: object, waves: list[list[dict[str, Any]]], result: Result, engine: dict[str, Any]) -> None:
+    """Reports an engine's run to its tier as one case; facts that its arguments rule out are left out."""
+    found = [ledger.facts(wave, PATTERN) for wave, ledger in zip(waves, result.ledgers, strict=True)]
+    facts = {name: any(each[name] for each in found) for name in found[0]}
+    longest = max(len(request["prompt"]) for wave in waves for request in wave)
+    if engine.get("max_num_batched_tokens", longest) >= longest:
+        del facts["straddling"]
+    if not engine.get("enable_prefix_caching"):
+        del facts["cached"]
+    if "num_gpu_blocks_override" not in engine:
+        del facts["resumed"]
+    tier.case(*key, **facts)
+
+
 def both_ways(prompts: list[list[int]], max_tokens: int = 6) -> list[dict[str, Any]]:
     """Each prompt once under the triangle and once opted out, sharing the batch."""
     return [
@@ -121,24 +164,54 @@ def both_ways(prompts: list[list[int]], max_tokens: int = 6) -> list[dict[str, A
     ]
 
 
-def assert_matches_truth(model: Path, wave: list[dict[str, Any]], answers: list[dict[str, Any]]) -> None:
-    """Triangle answers must be as close to the masked truth as stock's are to the dense truth.
+@dataclass
+class Errors:
+    """How far answers are from their truths, in nats of a token's log-probability.
 
-    The budget is the error of this very engine on the opted-out requests, which run vLLM's own kernel: twice its
-    largest error, plus fp32 rounding of a log-softmax. The dense truth must miss that budget by far on long prompts.
+    Attributes:
+        stock: Largest of the requests that opted out, which run vLLM's own kernel, from the dense truth.
+        triangle: Largest of the others, from the masked truth.
+        gap: Of the first long prompt among the latter, from the dense truth.
     """
-    errors: dict[bool, float] = {True: 0.0, False: 0.0}
-    gap = 0.0
+
+    stock: float = 0.0
+    triangle: float = 0.0
+    gap: float = 0.0
+
+    def assert_within(self, stock: float) -> None:
+        """Triangle answers must be as close to the masked truth as stock's are to the dense truth.
+
+        The budget is the error of this very engine on opted-out requests: twice its largest error, plus fp32 rounding
+        of a log-softmax. The dense truth must miss that budget by far on a long prompt.
+        """
+        budget = 2 * stock + 2e-5
+        assert stock < 1e-2, f"stock itself is {stock} off: the truth is not comparable"
+        assert self.triangle <= budget, f"triangle is {self.triangle} off its truth; stock is {stock} off"
+        assert self.gap > 20 * budget, f"the dense truth is only {self.gap} away: this run proves nothing"
+
+
+def _error(model: Path, prompt: list[int], answer: dict[str, Any], **rule: Any) -> float:
+    truth = true_logprobs(model, prompt, answer["tokens"], pattern=PATTERN, **rule)
+    return max(abs(a - b) for a, b in zip(truth, answer["logprobs"], strict=True))
+
+
+def errors(model: Path, wave: list[dict[str, Any]], answers: list[dict[str, Any]]) -> Errors:
+    """Compares a wave with the truth; a request's ``earlier`` is the prompt length of the one that it hits."""
+    found = Errors()
     for request, answer in zip(wave, answers, strict=True):
-        dense = (request.get("extra_args") or {}).get("trimix") == "off"
-        layers = frozenset() if dense else LAYERS
-        truth = true_logprobs(model, request["prompt"], answer["tokens"], layers=layers, pattern=PATTERN)
-        error = max(abs(a - b) for a, b in zip(truth, answer["logprobs"], strict=True))
-        errors[dense] = max(errors[dense], error)
-        if not dense and len(request["prompt"]) > 4 * PATTERN.dense_len:
-            other = true_logprobs(model, request["prompt"], answer["tokens"], layers=frozenset(), pattern=PATTERN)
-            gap = max(gap, *(abs(a - b) for a, b in zip(other, answer["logprobs"], strict=True)))
-    budget = 2 * errors[True] + 2e-5
-    assert errors[True] < 1e-2, f"stock itself is {errors[True]} off: the truth is not comparable"
-    assert errors[False] <= budget, f"triangle is {errors[False]} off its truth; stock is {errors[True]} off"
-    assert gap > 20 * budget, f"the dense truth is only {gap} away: this run proves nothing"
+        error = functools.partial(_error, model, request["prompt"], answer)
+        if (request.get("extra_args") or {}).get("trimix") == "off":
+            found.stock = max(found.stock, error(layers=frozenset()))
+            continue
+        earlier = (answer["cached_tokens"], request["earlier"]) if "earlier" in request else (0, 0)
+        found.triangle = max(found.triangle, error(layers=LAYERS, earlier=earlier))
+        if not found.gap and len(request["prompt"]) > 4 * PATTERN.dense_len:
+            found.gap = error(layers=frozenset())
+    return found
+
+
+def assert_matches_truth(model: Path, wave: list[dict[str, Any]], answers: list[dict[str, Any]]) -> None:
+    """Asserts it of a wave that has requests of both kinds."""
+    found = errors(model, wave, answers)
+    assert found.stock > 0, "no request opted out: there is no budget"
+    found.assert_within(found.stock)

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 
 from tests.engine.models import save_tiny_llama, true_dynamic_logprobs, true_logprobs
-from tests.engine.run import PATTERN, Result, run_job
+from tests.engine.run import PATTERN, Result, count, run_job
 from tests.engine.test_logprobs import prompts
+from tests.tiers import Tier
 from vllm_trimix.shallow import resolve_shallow
+
+pytestmark = pytest.mark.tier("F")
 
 TRIANGLE_LAYERS = frozenset({2, 3})
 LENGTHS = [90, 333, 512, 777]
@@ -81,15 +84,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in PATTERNS
     ],
 )
-def test_chunks_and_mixed_batches(name: str, tiny: Path, tmp_path: Path) -> None:
+def test_chunks_and_mixed_batches(name: str, tiny: Path, tmp_path: Path, tier: Tier) -> None:
     trimix = shallow(PATTERNS[name])
     wave = requests(["on", "triangle", "off"])
-    result = run_job(tmp_path, tiny, [wave], engine={"max_num_batched_tokens": 300}, trimix=trimix)
+    engine = {"max_num_batched_tokens": 300}
+    result = run_job(tmp_path, tiny, [wave], engine=engine, trimix=trimix)
     assert_matches_truth(tiny, wave, result.waves[0], result, trimix)
     sparse = sum(rows for spans in result.spans.values() for _, rows, _ in spans)
     assert result.rows["dynamic_dynamic"] == sparse > 0
     assert result.rows["dynamic_layer_rows"] == 2 * sparse
     assert 0 < float(result.log.split("density_since_start=")[-1].split()[0]) < 1
+    count(tier, "dynamic", name, waves=[wave], result=result, engine=engine)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +130,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "name",
     [name if name in ("tp2", "page96-whole") else pytest.param(name, marks=pytest.mark.slow) for name in SCENARIOS],
 )
-def test_patterns_by_head(name: str, tiny: Path, head_file: str, tmp_path: Path) -> None:
+def test_patterns_by_head(name: str, tiny: Path, head_file: str, tmp_path: Path, tier: Tier) -> None:
     trimix = shallow({"heads": head_file})
     wave = requests(["on", "off"])
     result = run_job(tmp_path, tiny, [wave], trimix=trimix, **SCENARIOS[name])
@@ -133,18 +138,20 @@ def test_patterns_by_head(name: str, tiny: Path, head_file: str, tmp_path: Path)
         # Its workers are other processes: what they planned isn't seen here, but follows from the chunks.
         result.spans = run_job(tmp_path, tiny, [wave], trimix=trimix, engine={"max_num_batched_tokens": 300}).spans
     assert_matches_truth(tiny, wave, result.waves[0], result, trimix)
+    count(tier, "by head", name, waves=[wave], result=result, engine=SCENARIOS[name]["engine"])
 
 
-def test_preempted_and_resumed(tiny: Path, tmp_path: Path) -> None:
+def test_preempted_and_resumed(tiny: Path, tmp_path: Path, tier: Tier) -> None:
     trimix = shallow(PATTERNS["vertical_slash"])
     wave = requests(["on", "off"], [330, 320, 310], max_tokens=64)
     engine = {"max_num_batched_tokens": 200, "num_gpu_blocks_override": 57, "max_model_len": 512}
     result = run_job(tmp_path, tiny, [wave], engine=engine, trimix=trimix)
     assert result.metrics["vllm:num_preemptions"] > 0
     assert_matches_truth(tiny, wave, result.waves[0], result, trimix)
+    count(tier, "dynamic", "preempted", waves=[wave], result=result, engine=engine)
 
 
-def test_prefix_cache_hits(tiny: Path, tmp_path: Path) -> None:
+def test_prefix_cache_hits(tiny: Path, tmp_path: Path, tier: Tier) -> None:
     """A hit holds what the first request's chunks chose; the truth follows those chunks."""
     trimix = shallow(PATTERNS["xattention"])
     shared, (tail,) = prompts([320])[0], prompts([151], seed=1)
@@ -166,36 +173,41 @@ def test_prefix_cache_hits(tiny: Path, tmp_path: Path) -> None:
         assert_matches_truth(tiny, wave, answers, result, trimix)
     assert [answer["cached_tokens"] for answer in result.waves[0]] == [0, 0]
     assert min(answer["cached_tokens"] for answer in result.waves[1]) >= 320
+    count(tier, "dynamic", "prefix hits", waves=waves, result=result, engine=engine)
 
 
-def test_requests_of_other_choices_share_no_blocks(tiny: Path, tmp_path: Path) -> None:
+def test_requests_of_other_choices_share_no_blocks(tiny: Path, tmp_path: Path, tier: Tier) -> None:
     prompt = prompts([333])[0]
     waves = [
         [{"prompt": prompt, "max_tokens": 2, "extra_args": args}]
         for args in (None, {"trimix": "triangle"}, {"trimix": "off"}, None, {"trimix": "triangle"}, {"trimix": "off"})
     ]
+    engine = {"enable_prefix_caching": True}
     result = run_job(
         tmp_path,
         tiny,
         waves,
-        engine={"enable_prefix_caching": True},
+        engine=engine,
         trimix=shallow(PATTERNS["vertical_slash"]),
         bad_extra_args=[{"trimix": "shallow"}],
     )
     assert [answer["cached_tokens"] > 0 for (answer,) in result.waves] == [False] * 3 + [True] * 3
     assert [answer["tokens"] for (answer,) in result.waves[:3]] == [answer["tokens"] for (answer,) in result.waves[3:]]
     assert "allowed values: 'on' (default), 'triangle' (shallow layers dense), 'off' (all dense)" in result.refusals[0]
+    count(tier, "dynamic", "namespaces", waves=waves, result=result, engine=engine)
 
 
 @pytest.mark.slow
-def test_whole_budget_is_dense(tiny: Path, tmp_path: Path) -> None:
+def test_whole_budget_is_dense(tiny: Path, tmp_path: Path, tier: Tier) -> None:
     """Everything within the budget: the answers of the triangle alone, to rounding."""
     wave = requests(["on", "triangle"])
     wave[len(LENGTHS) :] = [{**request, "extra_args": {"trimix": "triangle"}} for request in wave[: len(LENGTHS)]]
     trimix = shallow({"pattern": "vertical_slash", "vertical_size": 1000, "slash_size": 1000})
-    result = run_job(tmp_path, tiny, [wave], engine={"max_num_batched_tokens": 300}, trimix=trimix)
+    engine = {"max_num_batched_tokens": 300}
+    result = run_job(tmp_path, tiny, [wave], engine=engine, trimix=trimix)
     answers = result.waves[0]
     for dynamic, triangle in zip(answers[: len(LENGTHS)], answers[len(LENGTHS) :], strict=True):
         assert dynamic["tokens"] == triangle["tokens"]
         assert dynamic["logprobs"] == pytest.approx(triangle["logprobs"], abs=1e-4)
     assert result.rows["dynamic_dynamic"] > 0
+    count(tier, "dynamic", "whole budget", waves=[wave], result=result, engine=engine)

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from tests.engine.models import VOCAB_SIZE, save_tiny_llama
-from tests.engine.run import LAYERS, PATTERN, assert_matches_truth, both_ways, run_job
+from tests.engine.run import LAYERS, PATTERN, assert_matches_truth, both_ways, count, run_job
+from tests.tiers import Tier
+
+pytestmark = pytest.mark.tier("F")
 
 # Every boundary of the rule, and lengths that straddle chunks and pages.
 BOUNDARIES = [
@@ -56,7 +59,7 @@ SLOW = ("chunk200-gqa4", "chunk512-gqa8", "page96-gqa2")
     "name",
     [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SCENARIOS],
 )
-def test_chunks_and_mixed_batches(name: str, tiny: Any, tmp_path: Path) -> None:
+def test_chunks_and_mixed_batches(name: str, tiny: Any, tmp_path: Path, tier: Tier) -> None:
     scenario = SCENARIOS[name]
     model = tiny(*scenario["heads"])
     wave = both_ways(prompts(BOUNDARIES + LONG))
@@ -66,9 +69,10 @@ def test_chunks_and_mixed_batches(name: str, tiny: Any, tmp_path: Path) -> None:
     assert result.rows["triangle"] == body
     assert result.rows["triangle_layer_rows"] == body * len(LAYERS)
     assert result.rows["opt_out"] == sum(BOUNDARIES + LONG)
+    count(tier, "chunks", name, waves=[wave], result=result, engine=scenario["engine"])
 
 
-def test_chunks_of_one_token(tiny: Any, tmp_path: Path) -> None:
+def test_chunks_of_one_token(tiny: Any, tmp_path: Path, tier: Tier) -> None:
     model = tiny(4, 2)
     wave = both_ways(prompts([60, 120]), max_tokens=3)
     engine = {"max_num_batched_tokens": 64, "long_prefill_token_threshold": 1, "enable_chunked_prefill": True}
@@ -77,9 +81,10 @@ def test_chunks_of_one_token(tiny: Any, tmp_path: Path) -> None:
     assert result.rows["triangle"] == 60 + 120 - 2 * PATTERN.last_n
     # Two requests of each length, never more than four rows a step.
     assert result.rows["steps"] >= 120
+    count(tier, "chunks of one token", waves=[wave], result=result, engine=engine)
 
 
-def test_preempted_and_resumed(tiny: Any, tmp_path: Path) -> None:
+def test_preempted_and_resumed(tiny: Any, tmp_path: Path, tier: Tier) -> None:
     model = tiny(4, 2)
     lengths = [200, 190, 180, 170]
     wave = both_ways(prompts(lengths), max_tokens=64)
@@ -90,9 +95,10 @@ def test_preempted_and_resumed(tiny: Any, tmp_path: Path) -> None:
     assert_matches_truth(model, wave, result.waves[0])
     # Resumed requests compute their prompt rows, and their generated rows, again.
     assert result.rows["triangle"] > sum(lengths) - len(lengths) * PATTERN.last_n
+    count(tier, "preempted", waves=[wave], result=result, engine=engine)
 
 
-def test_prefix_cache_hits(tiny: Any, tmp_path: Path) -> None:
+def test_prefix_cache_hits(tiny: Any, tmp_path: Path, tier: Tier) -> None:
     """A hit on rows that both prompts compute under the same rule changes nothing."""
     model = tiny(4, 2)
     shared, tails = prompts([320])[0], prompts([90, 150], seed=1)
@@ -104,9 +110,10 @@ def test_prefix_cache_hits(tiny: Any, tmp_path: Path) -> None:
     assert [answer["cached_tokens"] for answer in result.waves[0]] == [0, 0]
     assert [answer["cached_tokens"] for answer in result.waves[1]] == [320, 320]
     assert result.rows["cached"] == 640
+    count(tier, "prefix hits", waves=[first, second], result=result, engine=engine)
 
 
-def test_ngram_speculation(tiny: Any, tmp_path: Path) -> None:
+def test_ngram_speculation(tiny: Any, tmp_path: Path, tier: Tier) -> None:
     model = tiny(4, 2)
     repeated = [(prompts([40], seed=seed)[0] * 12)[:length] for seed, length in ((2, 300), (3, 431))]
     wave = both_ways(repeated, max_tokens=12)
@@ -123,6 +130,7 @@ def test_ngram_speculation(tiny: Any, tmp_path: Path) -> None:
     assert result.metrics["vllm:spec_decode_num_draft_tokens"] > 0
     assert_matches_truth(model, wave, result.waves[0])
     assert result.rows["triangle"] == 300 + 431 - 2 * PATTERN.last_n
+    count(tier, "ngram", waves=[wave], result=result, engine=engine)
 
 
 @pytest.mark.parametrize(
@@ -137,11 +145,12 @@ def test_ngram_speculation(tiny: Any, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_parallel(engine: dict[str, Any], env: dict[str, str], tiny: Any, tmp_path: Path) -> None:
+def test_parallel(engine: dict[str, Any], env: dict[str, str], tiny: Any, tmp_path: Path, tier: Tier) -> None:
     model = tiny(4, 2)
     wave = both_ways(prompts(BOUNDARIES + LONG))
-    result = run_job(
-        tmp_path, model, [wave], engine={"max_num_batched_tokens": 200, **engine}, env=env, stdout_rows=True
-    )
+    engine = {"max_num_batched_tokens": 200, **engine}
+    result = run_job(tmp_path, model, [wave], engine=engine, env=env)
     assert_matches_truth(model, wave, result.waves[0])
-    assert result.rows["triangle"] > 0
+    body = sum(length - PATTERN.last_n for length in BOUNDARIES + LONG if length > PATTERN.dense_len)
+    assert result.rows["triangle"] == body
+    count(tier, "parallel", *engine.items(), waves=[wave], result=result, engine=engine)

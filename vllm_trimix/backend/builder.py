@@ -202,6 +202,8 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
 
     def _rows(self, step: requests.Step, common: CommonAttentionMetadata) -> dict[str, Any]:
         """What both plans are made of."""
+        if self._ubatching:
+            return {**step.scheduled_rows(), "step_reason": self._step_reason(common)}
         rows = step.rows(common)
         lens = common.seq_lens_cpu_upper_bound
         if lens is None:

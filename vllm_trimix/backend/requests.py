@@ -7,6 +7,7 @@ outside (dummy runs, CUDA-graph capture, drafts) sees no step and stays dense.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import weakref
 from collections.abc import Callable
@@ -34,6 +35,7 @@ class Step:
         self.stats = Stats()
         self.planned = False
         self.cached_rows = 0
+        self._scheduled: Any = None
 
     def begin(self, scheduler_output: Any) -> None:
         """Applies the scheduler's news: finished ids first, because ids may be reused in the same step."""
@@ -48,6 +50,23 @@ class Step:
         self.stats.tracked_requests = len(self.requests)
         self.planned = False
         self.cached_rows = cached
+        self._scheduled = scheduler_output
+
+    def scheduled_rows(self) -> dict[str, Any]:
+        """The whole step for ``build_plan``, from the scheduler: micro-batching's metadata show parts of it only.
+
+        Positions are exact for rows that are still in their prompt.
+        """
+        output = self._scheduled
+        first = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        old = output.scheduled_cached_reqs
+        first.update(zip(old.req_ids, old.num_computed_tokens, strict=True))
+        counts = [output.num_scheduled_tokens[req_id] for req_id in first]
+        return {
+            "query_start_loc": [0, *itertools.accumulate(counts)],
+            "seq_lens": [position + count for position, count in zip(first.values(), counts, strict=True)],
+            "requests": [self.requests.get(req_id) for req_id in first],
+        }
 
     def _request(self, new: Any, known: Request | None) -> Request:
         prompt_len = new.prompt_len
