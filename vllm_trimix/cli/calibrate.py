@@ -17,6 +17,7 @@ from pathlib import Path
 from vllm_trimix import calibration
 from vllm_trimix import calibration_report as report
 from vllm_trimix.calibration import Comparison, Row
+from vllm_trimix.cli.arguments import whole
 from vllm_trimix.config import Resolved, TrimixConfig, parse_config
 from vllm_trimix.engine_process import EngineDied, EngineProcess
 
@@ -55,13 +56,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--max-length",
-        type=_whole,
+        type=whole,
         metavar="TOKENS",
         help=f"longest prompt (default: {calibration.LONGEST}, or what the model can take)",
     )
     parser.add_argument(
         "--repeats",
-        type=_whole,
+        type=whole,
         default=calibration.DEFAULT_REPEATS,
         help="pairs of requests per length (default: %(default)s, with which the interval survives a disturbed pair)",
     )
@@ -310,12 +311,6 @@ def model_name(model: str) -> str:
     """The last part of an HF id or path, fit for a file's name."""
     last = Path(model).resolve().name if Path(model).exists() else model.rstrip("/").rpartition("/")[2]
     return re.sub(r"[^\w.-]+", "-", last).strip("-.") or "model"
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def _minutes(text: str) -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_trimix.cli import hf_model
+from vllm_trimix.cli.arguments import whole
 from vllm_trimix.config import Resolved
 
 TAKES_ENGINE_FLAGS = True
@@ -33,7 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("model", metavar="MODEL", help="HF id or path of a causal language model; its tokenizer makes the prompts")
     add("--tasks", metavar="NAME,...", help="of the suite (default: all)")
     add("--lengths", metavar="TOKENS,...", help="prompt and answer together (default: the published ones that fit)")
-    add("--samples", type=_whole, metavar="N", help="prompts of each task and length (default: the suite's)")
+    add("--samples", type=whole, metavar="N", help="prompts of each task and length (default: the suite's)")
     add("--depths", metavar="SHARE,...", help="where the needle lies, 0 to 1, for niah (default: 0,0.1,...,1)")
     add(
         "--configs",
@@ -56,7 +57,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--chat-template", action="store_true", help="ask as a user's turn (default: the published base template)")
     add("--prompts", type=Path, metavar="FILE", help="JSON lines of prompts, for agreement")
     add("--text", type=Path, metavar="FILE", help="a long text, for ppl")
-    add("--concurrency", type=_whole, default=1, metavar="N", help="prompts at the same time; times count at 1 only")
+    add("--concurrency", type=whole, default=1, metavar="N", help="prompts at the same time; times count at 1 only")
     add("--seed", type=int, default=42, help="of the prompts (default: %(default)s)")
     add("--output", type=Path, metavar="DIR", help="folder for the results (default: trimix-eval/SUITE)")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model's tokenizer")
@@ -286,12 +287,6 @@ def _resolve(entry: dict[str, Any], model: str, source: hf_model.Description) ->
         model_entry=getattr(source.config, "trimix", None),
         num_heads=text.num_attention_heads,
     )
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def _say(text: str) -> None:
