@@ -192,7 +192,7 @@ def test_ctrl_c_goes_on_where_it_was(circuit: Path, tmp_path: Path) -> None:
         kept = len(path.read_text().splitlines()) - 1
         assert main([*command[3:], "--server", url]) == 0
         assert failing_server.asked <= 80 + 1
-        assert len(path.read_text().splitlines()) == 1 + 80
+        assert path.read_text().count('"sample"') == 80
         assert kept >= 5
 
 

@@ -92,7 +92,11 @@ def answer_of(configuration: str, settings: str, sample: Sample, said: dict[str,
 
 
 class Answers:
-    """The answers in a folder: ``answers.jsonl``, its first line what they are of."""
+    """The answers in a folder: ``answers.jsonl``, its first line what they are of.
+
+    Attributes:
+        facts: What each configuration ran, where that is known; a later run's take the place of an earlier's.
+    """
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
         """Reads what an earlier call left.
@@ -106,14 +110,17 @@ class Answers:
         """
         self._path = folder / "answers.jsonl"
         self._found: dict[tuple[str, str], Answer] = {}
+        self.facts: dict[str, dict[str, Any]] = {}
         if not self._path.exists():
             self._path.write_text(json.dumps(about) + "\n")
             return
         lines = self._path.read_text(encoding="utf-8").split("\n")
         try:
             before = json.loads(lines[0])
-            answers = [_parse(line) for line in lines[1:-1] if line]
-        except (ValueError, TypeError, AttributeError):
+            entries = [json.loads(line) for line in lines[1:-1] if line]
+            answers = [_parse(entry) for entry in entries if "facts" not in entry]
+            self.facts = {entry["configuration"]: entry["facts"] for entry in entries if "facts" in entry}
+        except (ValueError, TypeError, AttributeError, KeyError):
             raise ValueError(
                 f"--output: {self._path} holds no answers of an evaluation; choose another folder, or remove it"
             ) from None
@@ -150,6 +157,12 @@ class Answers:
         found = self._found.get((configuration, sample.name))
         return found is not None and found.error is None and found.digest == sample.digest
 
+    def put_facts(self, configuration: str, facts: dict[str, Any]) -> None:
+        """Keeps what a configuration ran."""
+        self.facts[configuration] = facts
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"configuration": configuration, "facts": facts}) + "\n")
+
     def put(self, answers: list[Answer]) -> None:
         """Keeps answers; a later one to the same sample takes the place of the earlier."""
         with open(self._path, "a", encoding="utf-8") as file:
@@ -160,8 +173,7 @@ class Answers:
                 file.write(json.dumps(kept) + "\n")
 
 
-def _parse(line: str) -> Answer:
-    entry = json.loads(line)
+def _parse(entry: dict[str, Any]) -> Answer:
     for key in ("references", "tokens"):
         entry[key] = tuple(entry.get(key, ()))
     entry["likeliest"] = tuple(

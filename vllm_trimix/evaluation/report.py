@@ -73,15 +73,6 @@ def write(folder: Path, evaluation: Evaluation) -> None:
     (folder / "report.md").write_text(markdown(evaluation, pictures))
 
 
-def known_facts(folder: Path, configurations: Sequence[Configuration]) -> dict[str, dict[str, Any]]:
-    """What an earlier call found that each configuration ran, where it is the same configuration."""
-    try:
-        before = json.loads((folder / "result.json").read_text())["configurations"]
-        return {c.name: before[c.name]["facts"] for c in configurations if before.get(c.name, {}).get("facts")}
-    except (OSError, ValueError, TypeError, KeyError):
-        return {}
-
-
 def console(evaluation: Evaluation) -> list[str]:
     """The tables for a terminal, without pictures and times."""
     lines = warnings(evaluation)

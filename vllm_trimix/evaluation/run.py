@@ -22,12 +22,10 @@ class Outcome:
     """What a run left besides the answers.
 
     Attributes:
-        facts: What ran, by configuration; those that had nothing left to ask are absent.
         failures: Why a configuration was given up, by configuration.
         samples: Names of all samples of the run, and their digests.
     """
 
-    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     samples: dict[str, str] = field(default_factory=dict)
 
@@ -79,7 +77,7 @@ def run(
         except (EngineDied, Lost) as error:
             outcome.failures[configuration.name] = str(error)
         else:
-            outcome.facts[configuration.name] = asker.facts
+            answers.put_facts(configuration.name, asker.facts)
     return outcome
 
 
