@@ -28,7 +28,7 @@ help:
 	@echo "                MODEL=... PORT=8000 TRIMIX_CONFIG='{\"starting_layer\": 16}' SERVE_ARGS='--max-model-len 65536'"
 	@echo 'make demo       ask the served model a two-hop question about a 16K-token document, TRIMIX and dense; PORT=8000'
 	@echo 'make test       lint and tests, with all their set-up; PYTEST_ARGS="-k name"'
-	@echo 'make test-full  the same with the slow tests'
+	@echo 'make test-full  what that samples or leaves out: all cases of all tiers, the slow tests; goes on where it stopped'
 	@echo 'make lint       ruff and mypy;  make format applies what ruff can'
 	@echo 'make clean      remove what was built;  make distclean also .venv'
 
@@ -69,20 +69,20 @@ define run-lint
 $(BIN)/ruff check . || failed=1; $(BIN)/ruff format --check . || failed=1; $(BIN)/mypy || failed=1
 endef
 
-# pytest comes last, so that its summary is the end of the output.
+# The tests come last, so that their summary is the end of the output.
 define run-tests
 @. ./build/env.sh; failed=0; $(run-lint); \
 [ $$failed = 0 ] || echo 'make: lint failed, see above'; \
-$(BIN)/python -m pytest $(1) --basetemp=build/pytest $(PYTEST_ARGS) || failed=$$?; exit $$failed
+$(BIN)/python $(1) $(PYTEST_ARGS) || failed=$$?; exit $$failed
 endef
 
 test test-full lint: export PIP_CACHE_DIR ?= $(CURDIR)/build/cache/pip
 
 test: $(INSTALLED_DEV) build/env.sh
-	$(call run-tests,-m "not slow")
+	$(call run-tests,-m pytest -m "not slow" --basetemp=build/pytest)
 
 test-full: $(INSTALLED_DEV) build/env.sh
-	$(call run-tests,)
+	$(call run-tests,scripts/test_full.py)
 
 lint: $(INSTALLED_DEV)
 	@failed=0; $(run-lint); exit $$failed

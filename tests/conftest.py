@@ -1,4 +1,4 @@
-"""Tiers of the test matrix: the option that asks for all their cases, and the record of what ran."""
+"""Tiers of the test matrix: the options that choose one and ask for all its cases, and the record of what ran."""
 
 from __future__ import annotations
 
@@ -13,10 +13,23 @@ _TIERS = pytest.StashKey[dict[str, Tier]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="all cases of each tier, not a sample")
+    parser.addoption("--tier", choices=(*TIERS, "none"), help="the tests of this tier alone; none: those of no tier")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_TIERS] = {}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    chosen = config.getoption("--tier")
+    if chosen is None:
+        return
+    kept, dropped = [], []
+    for item in items:
+        marker = item.get_closest_marker("tier")
+        (kept if (marker.args[0] if marker else "none") == chosen else dropped).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=dropped)
 
 
 def _tier_of(item: pytest.Item) -> Tier | None:

@@ -27,6 +27,8 @@ TIERS = {
 }
 FACTS = ("triangle", "straddling", "cached", "resumed")
 """Whether a case has triangle rows, last rows that straddle a chunk, cached prompt rows, rows of a resumed request."""
+MIN_SHARE = 0.1
+"""Of the cases to which a fact applies it must hold in this share at least."""
 
 
 class Tier:
@@ -70,6 +72,21 @@ class Tier:
             "full": self._full,
             "shares": {fact: round(self._facts[fact] / count, 4) for fact, count in self._applicable.items()},
         }
+
+
+def shortcomings(entry: dict[str, Any] | None) -> list[str]:
+    """What makes a tier that ran mean less than it says, a line each.
+
+    Args:
+        entry: Of ``build/tiers.json``; None when the tier wrote none.
+    """
+    if entry is None or not entry["cases"]:
+        return ["no case was checked: its tests are missing, skipped or report none"]
+    return [
+        f"'{fact}' holds in {share:.1%} of the cases that it applies to, less than {MIN_SHARE:.0%}"
+        for fact, share in entry["shares"].items()
+        if share < MIN_SHARE
+    ]
 
 
 def write(path: Path, tiers: dict[str, Tier]) -> None:

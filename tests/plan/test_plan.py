@@ -1,4 +1,4 @@
-"""The plan against a brute-force oracle: the keys each query sees, from the rule alone."""
+"""The plan by example; any step at all is in ``test_oracle``."""
 
 from __future__ import annotations
 
@@ -8,69 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_trimix.patterns.triangle import Triangle
-from vllm_trimix.plan import DynamicSpan, Plan, Request, Span, build_dynamic_plan, build_plan
-
-REASONS = (None, None, None, "opt_out", "prompt_logprobs")
-
-
-@st.composite
-def steps(draw: st.DrawFn) -> tuple[list[int], list[int], list[Request | None], Triangle, int]:
-    """A step: any mix of prefill chunks, decodes, resumed requests, unknown and padding rows."""
-    pattern = Triangle(n_init=draw(st.integers(0, 6)), n_local=draw(st.integers(1, 9)), last_n=draw(st.integers(0, 7)))
-    starts, lens, requests = [0], [], []
-    for _ in range(draw(st.integers(1, 6))):
-        prompt_len = draw(st.integers(1, 40) | st.sampled_from([pattern.dense_len, pattern.dense_len + 1]))
-        num_rows = draw(st.integers(0, 30))
-        position = draw(st.integers(0, prompt_len + 5))
-        starts.append(starts[-1] + num_rows)
-        lens.append(position + num_rows)
-        known = draw(st.booleans()) or draw(st.booleans())
-        requests.append(Request(prompt_len, draw(st.sampled_from(REASONS))) if known else None)
-    return starts, lens, requests, pattern, draw(st.sampled_from([0, 0, 12, 30]))
-
-
-def seen_keys(plan: Plan, starts: list[int], lens: list[int], pattern: Triangle) -> dict[int, set[int]]:
-    """Keys that the plan lets each batch row see: band for triangle spans, causal for dense spans."""
-    seen: dict[int, set[int]] = {}
-    for spans, sparse in ((plan.triangle, True), (plan.dense, False)):
-        for request, first_row, num_rows, position in spans:
-            assert num_rows > 0
-            assert starts[request] <= first_row
-            assert first_row + num_rows <= starts[request + 1]
-            if not sparse:
-                # Pseudo-requests use their request's own key count.
-                assert position + num_rows == lens[request]
-            for row in range(num_rows):
-                i = position + row
-                assert first_row + row not in seen, "a row was planned twice"
-                seen[first_row + row] = {
-                    j for j in range(i + 1) if not sparse or j < pattern.n_init or i - j < pattern.n_local
-                }
-    return seen
-
-
-@settings(max_examples=1500, deadline=None)
-@given(steps())
-def test_every_row_sees_what_the_rule_says(
-    step: tuple[list[int], list[int], list[Request | None], Triangle, int],
-) -> None:
-    starts, lens, requests, pattern, min_prompt_len = step
-    plan = build_plan(starts, lens, requests, pattern=pattern, min_prompt_len=min_prompt_len)
-    seen = seen_keys(plan, starts, lens, pattern)
-    assert sorted(seen) == list(range(starts[-1]))
-    counted = 0
-    for index, request in enumerate(requests):
-        for row in range(starts[index], starts[index + 1]):
-            i = lens[index] - (starts[index + 1] - row)
-            whole = request is None or request.dense_reason is not None or request.prompt_len < min_prompt_len
-            expected = {
-                j
-                for j in range(i + 1)
-                if whole or j < pattern.n_init or i - j < pattern.n_local or i >= request.prompt_len - pattern.last_n
-            }
-            assert seen[row] == expected, (index, i)
-            counted += 1
-    assert sum(plan.rows.values()) == counted
+from vllm_trimix.plan import DynamicSpan, Request, Span, build_dynamic_plan, build_plan
 
 
 @settings(max_examples=300, deadline=None)
@@ -179,40 +117,6 @@ def test_a_resumed_answer_is_no_tail() -> None:
         max_tail_rows=256,
     )
     assert (plan.tails, plan.dense) == ([], [Span(0, 372, 628, 1872)])
-
-
-@settings(max_examples=1500, deadline=None)
-@given(steps(), st.integers(1, 12), st.sampled_from([None, None, "opt_out_dynamic"]))
-def test_dynamic_rows_are_those_of_the_rule(
-    step: tuple[list[int], list[int], list[Request | None], Triangle, int], min_rows: int, dynamic_reason: str | None
-) -> None:
-    """Sparse exactly where the chunk is long, late and early enough; every other row dense; every row once."""
-    starts, lens, requests, pattern, min_seq_len = step
-    requests = [request and request._replace(dynamic_reason=dynamic_reason) for request in requests]
-    plan = build_dynamic_plan(starts, lens, requests, last_n=pattern.last_n, min_seq_len=min_seq_len, min_rows=min_rows)
-    sparse = {}
-    for rows, num_keys in plan.spans:
-        for row in range(rows.num_rows):
-            assert rows.first_row + row not in sparse
-            sparse[rows.first_row + row] = (rows.position + row, num_keys)
-    dense = [row for span in plan.dense for row in range(span.first_row, span.first_row + span.num_rows)]
-    assert sorted([*sparse, *dense]) == list(range(starts[-1]))
-    for span in plan.dense:
-        assert span.position + span.num_rows == lens[span.request]
-    for index, request in enumerate(requests):
-        positions = range(lens[index] - (starts[index + 1] - starts[index]), lens[index])
-        body = [i for i in positions if request is not None and i < request.prompt_len - pattern.last_n]
-        end = 0 if request is None else min(request.prompt_len, lens[index])
-        chosen = (
-            request is not None
-            and request.dense_reason is None
-            and dynamic_reason is None
-            and end >= min_seq_len
-            and len(body) >= min_rows
-        )
-        for row, i in zip(range(starts[index], starts[index + 1]), positions, strict=True):
-            assert sparse.get(row) == ((i, end) if chosen and i in body else None)
-    assert sum(plan.rows.values()) == starts[-1]
 
 
 def test_the_choice_looks_from_the_chunks_last_prompt_row() -> None:
