@@ -1,4 +1,4 @@
-"""One interpreter for all tests of Triton kernels: starting it costs seconds."""
+"""One interpreter for all tests of Triton kernels, because starting it costs seconds; one thread for small shapes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +16,12 @@ def interpreter() -> Iterator[Any]:
 
     with interpreter_pool() as pool:
         yield pool
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """More threads would mostly wait for each other, on a busy machine for longer than the products take."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

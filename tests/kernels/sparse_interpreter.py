@@ -77,6 +77,10 @@ class SparseCase:
     def heads(self) -> tuple[int, int]:
         return self.slab or (0, self.group * self.num_kv_heads)
 
+    def facts(self) -> dict[str, bool]:
+        """For the tier; a selection knows no prompt."""
+        return {"cached": self.position > 0}
+
 
 @dataclass
 class _Problem:

@@ -8,22 +8,20 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 
 from tests.budget import assert_within_budget
-from vllm_trimix.kernels import cpp_sparse, torch_sparse
-from vllm_trimix.kernels.sparse_index import SparseIndex, build_index
-from vllm_trimix.patterns.selection import EVERYTHING, Selection, Tiles
+from tests.kernels.selected import Inputs, check, make, run, select
+from tests.kernels.step import DTYPES
+from vllm_trimix.kernels import cpp_sparse
+from vllm_trimix.kernels.sparse_index import build_index
+from vllm_trimix.patterns.selection import Selection, Tiles
 
 ROOT = Path(__file__).parents[2]
 ISAS = ["amx", "avx512_bf16", "avx512", "avx2", "portable", "amx_emulated"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KERNELS = [
     (isa, dtype) for isa, dtype in itertools.product(ISAS, DTYPES) if dtype == "bf16" or isa not in cpp_sparse.BF16_ONLY
 ]
@@ -31,112 +29,9 @@ KERNELS = [
 needs_kernel = pytest.mark.skipif(not cpp_sparse.is_available(), reason=str(cpp_sparse.unavailable_reason()))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def need(isa: str) -> None:
     if isa not in cpp_sparse.available_isas():
         pytest.skip(f"this CPU can't run {isa}, or its compiler couldn't build it")
-
-
-def select(
-    tiles: Tiles, *, num_heads: int, density: float = 0.5, columns: int = 40, band: tuple[int, int] | None = None
-) -> Selection:
-    """A random selection; heads hold unequal numbers of columns, head 1 none."""
-    blocks = torch.rand(num_heads, tiles.num_tiles, tiles.num_blocks) < density
-    blocks &= tiles.causal(blocks.device)
-    blocks[:, torch.arange(tiles.num_tiles), tiles.numbers(blocks.device)] = True
-    end = tiles.position + tiles.num_rows
-    listed = torch.full((num_heads, columns), EVERYTHING)
-    for head in range(num_heads):
-        count = 0 if head == 1 else min(end, columns * (head + 1) // num_heads)
-        listed[head, :count] = torch.randperm(end)[:count].sort().values
-    limits = None
-    if band:
-        limits = torch.tensor([(band[0] + head, band[1] + 7 * head) for head in range(num_heads)], dtype=torch.int32)
-        limits[-1] = EVERYTHING
-    return Selection(tiles, blocks, listed if columns else None, limits)
-
-
-class Inputs(NamedTuple):
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    selection: Selection
-    index: SparseIndex
-    scale: float
-
-
-def make(
-    *,
-    dtype: str,
-    position: int = 0,
-    rows: int = 64,
-    block_size: int = 64,
-    head_size: int = 64,
-    num_heads: int = 4,
-    num_kv_heads: int = 2,
-    density: float = 0.5,
-    columns: int = 40,
-    band: tuple[int, int] | None = None,
-    seed: int = 0,
-) -> Inputs:
-    """Strided inputs with NaN in every key that no tile of the KV head lists, and in those after the rows."""
-    torch.manual_seed(seed)
-    tiles = Tiles(block_size, position, rows)
-    selection = select(tiles, num_heads=num_heads, density=density, columns=columns, band=band)
-    index = build_index(selection)
-    num_keys = position + rows + 9
-    q = torch.randn(rows, num_heads + 1, head_size + 8).to(DTYPES[dtype])[:, :num_heads, :head_size]
-    k, v = (
-        torch.randn(num_keys, num_kv_heads, head_size + 16).to(DTYPES[dtype])[..., :head_size].transpose(0, 1)
-        for _ in range(2)
-    )
-    everywhere = replace(selection, band=None).mask(num_keys)
-    own = torch.arange(num_keys) // block_size
-    whole = torch.zeros(num_heads, num_keys, dtype=torch.bool)
-    # A kernel reads a listed block whole, up to the last row.
-    listed = selection.blocks.any(1)
-    for head in range(num_heads):
-        whole[head] = listed[head][own.clamp(max=tiles.num_blocks - 1)] & (torch.arange(num_keys) < position + rows)
-    read = (everywhere.any(1) | whole).view(num_kv_heads, -1, num_keys).any(1)
-    k[~read], v[~read] = torch.nan, torch.nan
-    return Inputs(q, k, v, selection, index, head_size**-0.5)
-
-
-def truth_of(inputs: Inputs) -> torch.Tensor:
-    """Masked softmax in fp64, from the definition of the selection."""
-    group = inputs.q.shape[1] // inputs.k.shape[0]
-    k, v = (x.double().nan_to_num().repeat_interleave(group, 0) for x in (inputs.k, inputs.v))
-    scores = inputs.q.double().transpose(0, 1) @ k.transpose(1, 2) * inputs.scale
-    scores.masked_fill_(~inputs.selection.mask(k.shape[1]), -torch.inf)
-    return (scores.softmax(-1) @ v).transpose(0, 1)
-
-
-def run(inputs: Inputs, isa: str | None, *, keys_read: torch.Tensor | None = None) -> torch.Tensor:
-    rows, num_heads, head_size = inputs.q.shape
-    room = torch.full((rows, num_heads + 2, head_size + 8), torch.nan, dtype=inputs.q.dtype)
-    out = room[:, 1:-1, :head_size]
-    q, k, v, _, index, scale = inputs
-    cpp_sparse.sparse_prefill(q, k, v, index, scale=scale, out=out, keys_read=keys_read, isa=isa)
-    out_of_place = room.clone()
-    out_of_place[:, 1:-1, :head_size] = torch.nan
-    assert out_of_place.isnan().all(), "written outside the output"
-    return out
-
-
-def check(inputs: Inputs, isa: str | None) -> None:
-    keys_read = torch.full_like(inputs.index.block_count, -1)
-    out = run(inputs, isa, keys_read=keys_read)
-    plain = torch.empty_like(inputs.q)
-    torch_sparse.sparse_prefill(inputs.q, inputs.k, inputs.v, inputs.index, scale=inputs.scale, out=plain)
-    assert_within_budget(out, truth_of(inputs), plain, what=str(isa))
-    assert torch.equal(keys_read, inputs.index.keys_read())
 
 
 def test_it_is_built_where_there_is_a_compiler() -> None:

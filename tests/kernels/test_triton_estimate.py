@@ -36,6 +36,10 @@ class EstimateCase:
     def heads(self) -> tuple[int, int]:
         return self.slab or (0, self.group * self.num_kv_heads)
 
+    def facts(self) -> dict[str, bool]:
+        """For the tier."""
+        return {"cached": self.num_rows < self.num_keys}
+
 
 def _cases() -> dict[str, EstimateCase]:
     cases = {}
@@ -176,9 +180,11 @@ def _sums(arguments: dict[str, Any], keys: torch.Tensor, dtype: torch.dtype) -> 
     return weights.sum(1), slashes
 
 
+@pytest.mark.tier("C")
 @pytest.mark.parametrize("name", CASES)
-def test_matches_the_definition(interpreter, name):
+def test_matches_the_definition(interpreter, tier, name):
     interpreter.submit(run_case, CASES[name]).result()
+    tier.case(repr(CASES[name]), **CASES[name].facts())
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from tests.kernels.sparse_interpreter import SparseCase, compiler_pool, error_of, run_case, run_idle, specialisations
 from vllm_trimix.patterns.selection import EVERYTHING
@@ -112,36 +112,18 @@ def _cases() -> dict[str, SparseCase]:
 CASES = _cases()
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_matches_the_definition(interpreter, name):
+def _is_bulk(name: str) -> bool:
+    """Whether a case is one of many alike, of which the drawn cases of the fast tests are a sample."""
+    return re.fullmatch(r"d\d+-block.*|page\d+-.*", name) is not None and not name.startswith(("d128-", "page48-"))
+
+
+@pytest.mark.tier("C")
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if _is_bulk(name) else []) for name in CASES]
+)
+def test_matches_the_definition(interpreter, tier, name):
     interpreter.submit(run_case, CASES[name]).result()
-
-
-@st.composite
-def _drawn(draw):
-    block_size = draw(st.sampled_from((64, 128)))
-    position, rows = draw(st.integers(0, 400)), draw(st.integers(1, 140))
-    blocks = st.frozensets(st.integers(0, (position + rows) // block_size), max_size=8)
-    columns = st.frozensets(st.integers(0, position + rows - 1), max_size=150)
-    is_banded = draw(st.booleans())
-    return SparseCase(
-        position,
-        rows,
-        group=draw(st.sampled_from((1, 2))),
-        num_kv_heads=1,
-        head_size=draw(st.sampled_from((16, 64, 128))),
-        page_size=draw(st.sampled_from((16, 32, 64))),
-        block_size=block_size,
-        band=((draw(st.integers(0, 300)), draw(st.integers(1, 300))), ALL) if is_banded else (),
-        blocks=tuple((chosen,) for chosen in draw(st.lists(blocks, min_size=1, max_size=4))),
-        columns=tuple(draw(st.lists(columns, min_size=1, max_size=2))) if draw(st.booleans()) else (),
-    )
-
-
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(case=_drawn())
-def test_matches_the_definition_of_any_selection(interpreter, case):
-    interpreter.submit(run_case, case).result()
+    tier.case(repr(CASES[name]), **CASES[name].facts())
 
 
 @pytest.mark.parametrize("band", [(), (ALL, (4, 40))], ids=["no-band", "band"])

@@ -115,9 +115,20 @@ def _cases() -> dict[str, Case]:
 CASES = _cases()
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_matches_the_definition(interpreter, name):
-    interpreter.submit(run_case, CASES[name]).result()
+def _is_bulk(name: str) -> bool:
+    """Whether a case is one of many alike, of which the drawn cases of the fast tests are a sample."""
+    return name.startswith(("table-", "init")) and "-gqa4-" not in name and "local100" not in name
+
+
+@pytest.mark.tier("C")
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if _is_bulk(name) else []) for name in CASES]
+)
+def test_matches_the_definition(interpreter, tier, name):
+    case = CASES[name]
+    num_slots = interpreter.submit(run_case, case).result()
+    assert num_slots > 0 or not case.programs, "the case was to split keys"
+    tier.case(repr(case), **case.facts())
 
 
 def test_the_interpreter_multiplies_bf16(interpreter):

@@ -41,6 +41,8 @@ class Case:
         cache_dtype: KV-cache dtype; "" is ``q_dtype``.
         order: Memory order of the cache's blocks, heads and slots, outermost first: BHS is vLLM's HND, BSH its NHD.
         dense: Indices of the spans whose rows see every key before them; the others are triangle rows.
+        last_rows: Last rows of each span that are dense as well, where a chunk straddles the edge of the prompt's last
+            rows; () is none in any.
         programs: Programs that the dense spans' keys are split for; 0 is not at all.
         scales: Whether the fp8 tensors have scales other than 1.
         soft_cap: Logit cap, 0 is off.
@@ -59,11 +61,25 @@ class Case:
     cache_dtype: str = ""
     order: str = "BHS"
     dense: tuple[int, ...] = ()
+    last_rows: tuple[int, ...] = ()
     programs: int = 0
     scales: bool = True
     soft_cap: float = 0.0
     tile_rows: int = 0
     huge: str = ""
+
+    def body(self, index: int) -> int:
+        """Triangle rows of a span."""
+        return 0 if index in self.dense else self.spans[index][1] - (self.last_rows[index] if self.last_rows else 0)
+
+    def facts(self) -> dict[str, bool]:
+        """For the tier: whether the rule hides something, and what kind of chunks there are."""
+        bodies = [(position, rows, self.body(index)) for index, (position, rows) in enumerate(self.spans)]
+        return {
+            "triangle": any(body and position + body > self.n_init + self.n_local for position, _, body in bodies),
+            "straddling": any(0 < body < rows for _, rows, body in bodies),
+            "cached": any(position > 0 for position, _, _ in bodies),
+        }
 
 
 @dataclass
@@ -82,14 +98,17 @@ def interpreter_pool() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"), initializer=_use_interpreter)
 
 
-def run_case(case: Case, device: str = "cpu") -> None:
-    """Runs the kernel on a case and asserts the result; on ``cpu`` call it in the pool."""
+def run_case(case: Case, device: str = "cpu") -> int:
+    """Runs the kernel on a case and asserts the result; on ``cpu`` call it in the pool.
+
+    Returns:
+        Parts that keys were split into, a KV head; 0 where none was.
+    """
     from vllm_trimix.kernels.triton_triangle import triangle_prefill
 
     problem = _build(case)
     arguments = problem.arguments if device == "cpu" else on_device(problem.arguments, device)
     triangle_prefill(**arguments)
-    assert problem.num_slots > 0 or not case.programs, "the case was to split keys"
     out = arguments["out"].cpu()
     covered = torch.zeros(out.shape[0], dtype=torch.bool)
     for index, (position, rows) in enumerate(case.spans):
@@ -99,6 +118,7 @@ def run_case(case: Case, device: str = "cpu") -> None:
         plain = _attention(case, problem, index, out.dtype)
         assert_within_budget(out[span], truth, plain, what=f"{rows} rows at {position}")
     assert out[~covered].isnan().all(), "rows outside the spans were written"
+    return problem.num_slots
 
 
 def error_of(case: Case, overrides: dict) -> str:
@@ -186,7 +206,7 @@ def _visible(case: Case, index: int) -> torch.Tensor:
     position, rows = case.spans[index]
     i = torch.arange(position, position + rows)[:, None]
     j = torch.arange(position + rows)[None, :]
-    return (j <= i) & ((j < case.n_init) | (i - j < case.n_local) | (index in case.dense))
+    return (j <= i) & ((j < case.n_init) | (i - j < case.n_local) | (i >= position + case.body(index)))
 
 
 def strided(shape: tuple[int, ...], dtype: torch.dtype, *, huge: bool) -> torch.Tensor:
@@ -258,7 +278,11 @@ def _build(case: Case) -> _Problem:
             here = seen[seen // case.block_size == block]
             k_cache[page_id][:, here % case.block_size] = keys[:, here]
             v_cache[page_id][:, here % case.block_size] = values[:, here]
-        spans[index in case.dense].append(Span(table_row, first_row, rows, position))
+        body = case.body(index)
+        if body:
+            spans[0].append(Span(table_row, first_row, body, position))
+        if body < rows:
+            spans[1].append(Span(table_row, first_row + body, rows - body, position + body))
     work = cut_work(
         *spans,
         tile_rows=step,

@@ -98,7 +98,8 @@ class Selection:
     """The keys that each row of a chunk sees, per head.
 
     Row i of tile t sees key j <= i when block ``j // block_size`` is selected for t and j is in the head's band, or
-    when j is one of the head's columns.
+    when j is one of the head's columns. A head has columns, or a band that hides something, not both: an index drops
+    the columns of a listed block.
 
     Attributes:
         tiles: The rows.
