@@ -1,0 +1,53 @@
+"""Scenarios of ``tests.backend`` one by one, on one dense backend: what its tests ask of all of them together."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from unittest import mock
+
+DENSE = "TRITON_ATTN"
+
+
+def first_wrong(names: list[str]) -> str:
+    """The first scenario with a problem, or nothing; the problems are printed.
+
+    Args:
+        names: Of scenarios, or of tests of ``TestComposedClasses``.
+    """
+    from tests.backend import composition_child
+    from tests.backend.report import problems
+    from tests.backend.test_cuda_composition import TestComposedClasses
+
+    scenarios = [name for name in names if not hasattr(TestComposedClasses, name)]
+    # Without a name the child would drive all of them.
+    driven = scenarios or ["short_prompts"]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "report.json"
+        with (
+            mock.patch.object(composition_child, "DENSE", (DENSE,)),
+            mock.patch.object(sys, "argv", ["scenario", str(out), *driven]),
+        ):
+            try:
+                composition_child.main()
+            except Exception:
+                # Of the facts; a scenario's is in its findings.
+                traceback.print_exc()
+                return names[0]
+        report = json.loads(out.read_text())
+    for name in names:
+        if name not in scenarios:
+            try:
+                getattr(TestComposedClasses(), name)(report, DENSE)
+            except AssertionError as error:
+                print(name, error)
+                return name
+            continue
+        found = problems(report["scenarios"][f"{DENSE}-{name}"])
+        if found:
+            print(name, *found, sep="\n")
+            return name
+    return ""
