@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.mutants.forks import SCENARIO
+from tests.mutants.scenario import USED
+
 ROOT = Path(__file__).parents[2]
 STORE = ROOT / "build" / "mutants.json"
 _LEFT_OUT = (".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".hypothesis", "results", "figures")
@@ -85,7 +88,7 @@ class Bench:
         shutil.copytree(ROOT, self.tree, ignore=shutil.ignore_patterns(*_LEFT_OUT))
         (self.tree / "build").mkdir()
         self._store = store
-        self._kept: dict[str, Any] = json.loads(store.read_text()) if store is not None and store.exists() else {}
+        self._kept = {} if store is None else _read(store)
         self._processes: dict[str, subprocess.Popen[str]] = {}
         self._sources = self._digest()
 
@@ -118,6 +121,8 @@ class Bench:
 
     def _baseline(self, tests: tuple[str, ...]) -> float:
         """Seconds of some tests on the sources as they are, which they must pass."""
+        if tests[0].startswith(SCENARIO):
+            tests = tuple(f"{SCENARIO}{name}" for name in USED)
         key = self._key("", "", tests)
         if key not in self._kept:
             found = self._run(tests, timeout=900)
@@ -132,6 +137,8 @@ class Bench:
     def _keep(self, key: str, value: Any) -> None:
         self._kept[key] = value
         if self._store is not None:
+            # Another run may have added its own.
+            self._kept = {**_read(self._store), **self._kept}
             self._store.parent.mkdir(exist_ok=True)
             part = self._store.with_suffix(".part")
             part.write_text(json.dumps(self._kept))
@@ -193,3 +200,8 @@ class Bench:
             process.stdin.close()
             process.wait(timeout=30)
         shutil.rmtree(self.tree)
+
+
+def _read(store: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(store.read_text()) if store.exists() else {}
+    return found

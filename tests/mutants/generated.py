@@ -7,8 +7,6 @@ or a text by another crashes or changes a message, and says little.
 from __future__ import annotations
 
 import contextlib
-import difflib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from tests.mutants.bench import ROOT
@@ -34,9 +32,9 @@ TESTS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Functions that are mutated, and the tests that must notice."""
 
-# Of the other files every so many-th: their tests take longer, and the rule is in the plan.
-_EVERY = {"vllm_trimix/plan.py": 1}
-EVERY_OTHER = 3
+# Every so many-th: the run must end within minutes, and neighbours on a line die of the same test.
+EVERY = {"vllm_trimix/plan.py": 2}
+EVERY_OTHER = 5
 
 _KINDS = ("BinaryOperation", "BooleanOperation", "ComparisonTarget", "IfExp", "Integer", "Name", "UnaryOperation")
 
@@ -68,36 +66,37 @@ class Generated(NamedTuple):
 
 def mutants(path: str) -> list[Generated]:
     """The mutants of a file that are tried, in the order of their places."""
-    return list(generate(path))[:: _EVERY.get(path, EVERY_OTHER)]
-
-
-def generate(path: str) -> Iterator[Generated]:
-    """All mutants of a file."""
     import libcst
     from mutmut.mutation.file_mutation import create_mutations
 
     source = (ROOT / path).read_text()
     with contextlib.chdir(ROOT):
         module, mutations, _, _ = create_mutations(path, source)
-    raised = _RaisedNodes()
+    raised = _raised_nodes()
     module.visit(raised)
+    wanted = []
     for mutation in mutations:
         function: Any = mutation.contained_by_top_level_function
         name = function.name.value if isinstance(function, libcst.FunctionDef) else ""
         kind = type(mutation.original_node).__name__
-        if name not in TESTS[path] or kind not in _KINDS or id(mutation.original_node) in raised.nodes:
-            continue
+        if name in TESTS[path] and kind in _KINDS and id(mutation.original_node) not in raised.nodes:
+            wanted.append((name, mutation))
+    found = []
+    for name, mutation in wanted[:: EVERY.get(path, EVERY_OTHER)]:
         text = module.deep_replace(mutation.original_node, mutation.mutated_node).code
-        old, new = _changed(source, text)
-        yield Generated(path, name, old, new, text, TESTS[path][name])
+        old, new = _changed(source.splitlines(), text.splitlines())
+        found.append(Generated(path, name, old, new, text, TESTS[path][name]))
+    return found
 
 
-def _changed(source: str, text: str) -> tuple[str, str]:
-    lines = list(difflib.ndiff(source.splitlines(), text.splitlines()))
-    return tuple(" ".join(line[2:].strip() for line in lines if line.startswith(sign)) for sign in ("- ", "+ "))  # type: ignore[return-value]
+def _changed(old: list[str], new: list[str]) -> tuple[str, str]:
+    """The lines that differ, in one line each; a mutant changes one place."""
+    first = next(number for number, (mine, its) in enumerate(zip(old, new, strict=False)) if mine != its)
+    last = next(number for number, (mine, its) in enumerate(zip(old[::-1], new[::-1], strict=False)) if mine != its)
+    return tuple(" ".join(line.strip() for line in lines[first : len(lines) - last]) for lines in (old, new))  # type: ignore[return-value]
 
 
-def _RaisedNodes() -> Any:
+def _raised_nodes() -> Any:
     """Collects the nodes within ``raise`` statements: a message is no result."""
     import libcst
 

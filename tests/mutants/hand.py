@@ -46,7 +46,7 @@ _GROUPS = (
     ),
     Group(
         "vllm_trimix/plan.py",
-        (PLAN, ORACLE),
+        (PLAN,),
         (
             (
                 "last_n by chunk instead of prompt",
@@ -54,6 +54,12 @@ _GROUPS = (
                 "body = max(0, prompt_rows - last_n)",
             ),
             ("min_prompt_len off by one", "min_prompt_len - 1)", "min_prompt_len)"),
+        ),
+    ),
+    Group(
+        "vllm_trimix/plan.py",
+        (PLAN, ORACLE),
+        (
             (
                 "opt-out leak: the request's reason is not asked",
                 'step_reason or request.dense_reason or ("short_prompt"',
@@ -404,5 +410,10 @@ MUTANTS = tuple(
     Mutant(name, group.path, old, new, group.tests) for group in _GROUPS for name, old, new in group.defects
 )
 
-FAST = ("n_local not counting the query", "last_n by chunk instead of prompt", "starting_layer one too late")
+FAST = (
+    "n_local not counting the query",
+    "last_n by chunk instead of prompt",
+    "min_prompt_len off by one",
+    "starting_layer one too late",
+)
 """What the fast run tries: the cheapest."""

@@ -10,6 +10,15 @@ from pathlib import Path
 from unittest import mock
 
 DENSE = "TRITON_ATTN"
+USED = (
+    "preempted_and_resumed",
+    "ids_reused",
+    "rows_gathered_or_sliced",
+    "dummy_runs",
+    "single_rows_with_graphs",
+    "test_plans_only_the_step_being_executed",
+)
+"""All that mutants are mapped to: without any defect they run together, because most of their time is vLLM's import."""
 
 
 def first_wrong(names: list[str]) -> str:

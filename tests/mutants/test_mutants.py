@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -93,7 +94,22 @@ def test_explanations_are_of_mutants_that_there_are() -> None:
     assert len(names) >= 30
 
 
-def test_a_mutant_that_nothing_notices_survives(tmp_path: object) -> None:
-    """The bench itself: an untouched file is no mutant, an old text that is gone is an error."""
-    with pytest.raises(ValueError, match="occurs 0 times"):
-        _ = Mutant("gone", "vllm_trimix/plan.py", "no such text", "", ()).text
+def test_what_no_test_notices_survives(bench: Bench) -> None:
+    """So that a kill means something; and neither the checkout nor the copy keeps a defect."""
+    path = "vllm_trimix/plan.py"
+    source = (ROOT / path).read_text()
+    assert bench.try_out(path, f"{source}# Nothing.\n", (hand.PLAN,)).killed_by == ""
+    assert [(root / path).read_text() for root in (ROOT, bench.tree)] == [source, source]
+
+
+def test_tests_that_fail_anyway_are_refused(bench: Bench, tmp_path: Path) -> None:
+    failing = tmp_path / "test_failing.py"
+    failing.write_text("def test_failing():\n    assert False\n")
+    with pytest.raises(RuntimeError, match=r"on the sources as they are.*test_failing"):
+        bench.try_out("vllm_trimix/plan.py", "", (str(failing),))
+
+
+@pytest.mark.parametrize("old", ["no such text", "position"])
+def test_a_text_that_is_not_there_once_is_refused(old: str) -> None:
+    with pytest.raises(ValueError, match=r"occurs \d+ times in vllm_trimix/plan.py, must be once"):
+        _ = Mutant("rotten", "vllm_trimix/plan.py", old, "", ()).text
