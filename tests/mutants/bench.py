@@ -22,7 +22,10 @@ _LEFT_OUT = (".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".hy
 # A mutant may take this much longer than the sources as they are, plus some seconds, before it counts as stuck.
 _PATIENCE, _GRACE = 10, 60
 # Tests that import vLLM first of all start from a process that has done so.
-_WITH_VLLM, _VLLM = "tests/backend/test_admission.py", "vllm.v1.engine.input_processor"
+_PRELOADED = {
+    "tests/backend/test_admission.py": "vllm.v1.engine.input_processor",
+    SCENARIO: "tests.mutants.scenario:preload",
+}
 
 
 class Mutant(NamedTuple):
@@ -158,7 +161,7 @@ class Bench:
         return self.tree / "build" / "mutant.log"
 
     def _run(self, tests: tuple[str, ...], *, timeout: float) -> dict[str, Any]:
-        module = _VLLM if any(test.startswith(_WITH_VLLM) for test in tests) else ""
+        module = next((module for start, module in _PRELOADED.items() if tests[0].startswith(start)), "")
         if module not in self._processes:
             self._processes[module] = self._start(module)
         process = self._processes[module]

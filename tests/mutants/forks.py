@@ -1,7 +1,7 @@
 """Runs a mutant's tests in a process forked from one that has imported what takes seconds, and nothing of the checkout.
 
-Started by ``bench`` as a script of the copied tree; its arguments are more modules to import. Reads jobs from its input
-and writes answers, a line of JSON each.
+Started by ``bench`` as a script of the copied tree; its arguments are more modules to import, or functions that import
+(``module:function``). Reads jobs from its input and writes answers, a line of JSON each.
 """
 
 from __future__ import annotations
@@ -97,7 +97,11 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     for name in (*PRELOADED, *sys.argv[1:]):
-        importlib.import_module(name)
+        module, _, function = name.partition(":")
+        found = importlib.import_module(module)
+        if function:
+            getattr(found, function)()
+    assert not [name for name in sys.modules if name.startswith("vllm_trimix")], "a mutant would not be imported"
     from hypothesis import Phase, settings
 
     # That a test fails is enough: no search for the simplest example, none from an earlier mutant.

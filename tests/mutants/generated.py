@@ -20,7 +20,7 @@ TESTS: dict[str, dict[str, tuple[str, ...]]] = {
     "vllm_trimix/plan.py": dict.fromkeys(("build_plan", "build_dynamic_plan", "_prompt_spans"), PLAN),
     "vllm_trimix/patterns/triangle.py": {
         "mask": PLAN[:1],
-        "visible_pairs": ("tests/patterns/test_cli.py::test_density_counts_pairs",),
+        "visible_pairs": PLAN[:1],
         "is_dense": PLAN[:1],
     },
     "vllm_trimix/patterns/selection.py": dict.fromkeys(

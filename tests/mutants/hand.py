@@ -114,7 +114,11 @@ _GROUPS = (
                 "base = max(0, span.position - n_local + 1) // block_size * block_size",
                 "base = -(-max(0, span.position - n_local + 1) // block_size) * block_size",
             ),
-            ("sinks that lie in the window read twice", "num_sinks = min(n_init, base)", "num_sinks = n_init"),
+            (
+                "sinks of the batch's first request",
+                "sink_pages = block_table[span.request,",
+                "sink_pages = block_table[0,",
+            ),
             (
                 "pages of the batch's first request",
                 "pages = block_table[span.request, base",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import sys
 import tempfile
 import traceback
@@ -19,6 +21,21 @@ USED = (
     "test_plans_only_the_step_being_executed",
 )
 """All that mutants are mapped to: without any defect they run together, because most of their time is vLLM's import."""
+
+
+def preload() -> None:
+    """Imports vLLM as ``tests.backend.cuda_on_cpu`` would, which stays the one that prepares it."""
+    os.environ.update(
+        TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR"
+    )
+    import vllm.platforms
+    from vllm.platforms.cpu import CpuPlatform
+
+    vllm.platforms._current_platform = CpuPlatform()
+    # Else vLLM turns Triton off for good.
+    vllm.platforms.vllm_version_matches_substr = lambda _: False
+    importlib.import_module("vllm.v1.worker.gpu.model_runner")
+    importlib.import_module("vllm.v1.worker.gpu_model_runner")
 
 
 def first_wrong(names: list[str]) -> str:
