@@ -63,7 +63,7 @@ class Outcome(NamedTuple):
     """What came of a mutant.
 
     Attributes:
-        killed_by: The test that failed, ``its time limit``, or nothing: it survived.
+        killed_by: The test that failed, ``a crash``, ``its time limit``, or nothing: it survived.
         seconds: In its tests.
     """
 

@@ -17,6 +17,7 @@ import traceback
 from typing import Any
 
 PRELOADED = ("numpy", "torch", "torch.nn.functional", "pydantic", "hypothesis", "pytest", "pytest_timeout", "packaging")
+CRASH = "a crash"
 SCENARIO = "scenario:"
 """Tests of this kind are scenarios of ``tests.backend``, without pytest."""
 
@@ -91,7 +92,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         # It has not come to its own group yet, or has ended.
         os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    found = json.loads(text) if text else {"error" if ready else "late": "the process ended without an answer"}
+    if text:
+        found = json.loads(text)
+    else:
+        found = {"failed": CRASH, "passed": 0} if ready else {"late": True}
     return {**found, "seconds": round(time.monotonic() - start, 2)}
 
 

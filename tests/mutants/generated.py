@@ -120,5 +120,26 @@ def _raised_nodes() -> Any:
     return Collector()
 
 
-EQUIVALENT: dict[str, str] = {}
+EQUIVALENT: dict[str, str] = {
+    "vllm_trimix/patterns/selection.py:merge: "
+    "if len(selections) == 1 and len(selections[0][0]) == num_heads: -> "
+    "if len(selections) != 1 and len(selections[0][0]) == num_heads:": (
+        "a single selection is copied instead of handed on"
+    ),
+    "vllm_trimix/kernels/torch_cpu.py:triangle_prefill: "
+    "base = max(0, span.position - n_local + 1) // block_size * block_size -> "
+    "base = max(0, span.position - n_local - 1) // block_size * block_size": (
+        "now and then one more page is gathered, of which no row sees a key"
+    ),
+    "vllm_trimix/kernels/torch_cpu.py:_span: "
+    "batch = max(1, torch.get_num_threads() // num_kv_heads) -> "
+    "batch = max(2, torch.get_num_threads() // num_kv_heads)": "tiles are batched for threads that there are not",
+    "vllm_trimix/kernels/torch_cpu.py:_span: "
+    "else torch.cat((x[:, :num_sinks], x[:, columns[0]]), dim=1).unsqueeze(0) -> "
+    "else torch.cat((x[:, :num_sinks], x[:, columns[0]]), dim=1).unsqueeze(1)": (
+        "the dimension of size 1 is flattened away, wherever it stands"
+    ),
+    "vllm_trimix/kernels/work_items.py:_parts: "
+    "if spare > 0 and len(lengths): -> if spare > 1 and len(lengths):": "a single spare partial result stays unused",
+}
 """Survivors that change no result, and why; by name."""

@@ -377,7 +377,7 @@ _GROUPS = (
     ),
     Group(
         "vllm_trimix/kernels/triton_triangle.py",
-        (f"{TRITON}[init8-local16]", f"{TRITON}[chunk-at-17]", f"{TRITON}[d48-float32]"),
+        (f"{TRITON}[sinks-beyond-the-sequence]", f"{TRITON}[chunk-at-17]", f"{TRITON}[d48-float32]"),
         (
             (
                 "Triton: window by one key too long",
