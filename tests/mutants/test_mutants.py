@@ -86,6 +86,7 @@ def test_the_documented_table_is_these_mutants() -> None:
         assert killer == CRASH or any(killer.startswith(test.split("[")[0]) for test in mutant.tests), line
 
 
+@pytest.mark.slow
 def test_explanations_are_of_mutants_that_there_are() -> None:
     pytest.importorskip("mutmut", reason="mutmut's operators make these mutants; it is in the extra `dev`")
     names = {mutant.name for path in generated.TESTS for mutant in generated.mutants(path)}
