@@ -37,9 +37,11 @@ def test_one_buffer_with_aligned_arrays() -> None:
 
 @st.composite
 def spans(draw: st.DrawFn) -> list[Span]:
-    found, row = [], 0
-    for request in range(draw(st.integers(1, 6))):
+    found, row, request = [], 0, -1
+    for _ in range(draw(st.integers(1, 6))):
         row += draw(st.integers(0, 5))
+        # Others of the step have no dense rows.
+        request += draw(st.integers(1, 3))
         found.append(Span(request, row, draw(st.integers(1, 90)), draw(st.integers(0, 10**6))))
         row += found[-1].num_rows
     return found

@@ -51,6 +51,7 @@ def test_every_row_sees_its_keys_once(spans, tile_rows, n_init, n_local, num_kv_
     assert work.num_slots <= max_slots(num_kv_heads, target)
     seen: dict[int, list[int]] = {}
     slots: dict[int, list[int]] = {}
+    heights: dict[int, int] = {}
     for request, first_row, num_rows, position, first_key, end_key, num_sinks, slot in work.items.tolist():
         assert 1 <= num_rows <= tile_rows
         span = next(s for s in band + tails if s.request == request)
@@ -66,6 +67,7 @@ def test_every_row_sees_its_keys_once(spans, tile_rows, n_init, n_local, num_kv_
             seen.setdefault(first_row + row, []).extend(keys)
         if slot != WHOLE:
             slots.setdefault(first_row, []).append(slot)
+            heights[first_row] = num_rows
     for span in band + tails:
         for row in range(span.num_rows):
             i = span.position + row
@@ -74,6 +76,7 @@ def test_every_row_sees_its_keys_once(spans, tile_rows, n_init, n_local, num_kv_
     assert not seen
     merged = {row: list(range(first, first + count)) for row, _, first, count in work.merges.tolist()}
     assert merged == slots
+    assert {row: rows for row, rows, _, _ in work.merges.tolist()} == heights
     assert sorted(slot for group in slots.values() for slot in group) == list(range(work.num_slots))
 
 

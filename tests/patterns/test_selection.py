@@ -98,6 +98,16 @@ def test_merged_heads_see_what_they_saw_alone(call: tuple[Chunk, list[DynamicPat
         assert torch.equal(merged[numbers], selection.mask(chunk.num_keys))
 
 
+@settings(max_examples=40, deadline=None)
+@given(calls(), st.integers(1, 3))
+def test_parts_see_what_the_whole_sees(call: tuple[Chunk, list[DynamicPattern]], size: int) -> None:
+    chunk, heads = call
+    whole = merge(select(chunk, heads), len(heads))
+    count = whole.tiles.num_tiles
+    parts = [whole.part(first, min(first + size, count)) for first in range(0, count, size)]
+    assert torch.equal(torch.cat([part.mask(chunk.num_keys) for part in parts], 1), whole.mask(chunk.num_keys))
+
+
 @settings(max_examples=60, deadline=None)
 @given(calls())
 def test_the_lists_hold_the_mask_and_every_key_once(call: tuple[Chunk, list[DynamicPattern]]) -> None:

@@ -52,6 +52,11 @@ def test_last_rows_are_the_prompts_not_the_chunks() -> None:
     assert plan.rows == {"triangle": 47, "last_n": 3}
 
 
+def test_without_a_limit_the_stock_kernel_has_every_dense_end() -> None:
+    plan = build_plan([0, 50], [193], [Request(200)], pattern=Triangle(2, 4, 8), min_prompt_len=0)
+    assert (plan.tails, plan.dense) == ([], [Span(0, 49, 1, 192)])
+
+
 def test_resumed_request_recomputes_prompt_rows_under_the_rule_and_generated_rows_densely() -> None:
     pattern = Triangle(n_init=2, n_local=4, last_n=8)
     plan = build_plan([0, 120], [120], [Request(100)], pattern=pattern, min_prompt_len=0)
@@ -65,6 +70,7 @@ def test_prompts_that_the_pattern_cannot_thin_are_dense(prompt_len: int, sparse:
     pattern = Triangle(n_init=2, n_local=4, last_n=8)
     plan = build_plan([0, prompt_len], [prompt_len], [Request(prompt_len)], pattern=pattern, min_prompt_len=0)
     assert bool(plan.triangle) is sparse
+    assert pattern.is_dense(prompt_len) is not sparse
     positions = torch.arange(prompt_len)
     hidden = ~pattern.mask(positions, positions, prompt_len) & (positions[:, None] >= positions)
     assert bool(hidden.any()) is sparse
