@@ -290,6 +290,8 @@ def test_ablations_change_one_thing() -> None:
     for made_entry in found.values():
         resolved = resolve(made_entry, model="m", num_layers=8)
         assert len(resolved.layers) in (3, 4, 6, 8)
+    many = ablations.configurations(["random_layers=" + ",".join(map(str, range(27)))], entry, BASE, order=None, seed=3)
+    assert len({c.entry["layers"] for c in many if c.entry} - {"2-7"}) == 27
     defaults = ablations.configurations(list(ablations.ABLATIONS), entry, BASE, order=None, seed=0)
     assert {c.ablation for c in defaults} == set(ablations.ABLATIONS)
 
