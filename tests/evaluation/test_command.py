@@ -65,6 +65,7 @@ def test_engines_tell_the_right_preset_from_the_wrong_one(circuit: Path, tmp_pat
     assert found["vt", 1500, "trimix"]["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_perplexity_sees_what_the_mask_hides(tmp_path: Path) -> None:
     """On the trained model repeated records are foretold from far away: under the mask they can't be."""
     entry = '{"layers": "0-3", "n_init": 2, "n_local": 16, "last_n": 8, "min_prompt_len": 0}'
@@ -152,6 +153,7 @@ def test_a_server_that_leaves_keeps_what_was_said(circuit: Path, tmp_path: Path)
     assert "**stock was given up**" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_keeps_what_was_said(
     circuit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
