@@ -21,3 +21,12 @@ def assert_within_budget(got: torch.Tensor, truth: torch.Tensor, plain: torch.Te
     assert error <= 2 * plain_error + rounding, (
         f"{what}: error {error:.3g} exceeds 2 x plain error {plain_error:.3g} + rounding {rounding:.3g}"
     )
+
+
+def is_within_budget(got: torch.Tensor, truth: torch.Tensor, plain: torch.Tensor) -> bool:
+    """Whether ``assert_within_budget`` holds."""
+    try:
+        assert_within_budget(got, truth, plain)
+    except AssertionError:
+        return False
+    return True
