@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_trimix.evaluation.sample import Sample
+from vllm_trimix.evaluation.sample import METRICS, Measure, Sample
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,6 @@ def answer_of(configuration: str, settings: str, sample: Sample, said: dict[str,
         sample: What was asked.
         said: ``error``, or some of ``text``, ``seconds``, ``nll``, ``tokens``, ``likeliest``.
     """
-    from vllm_trimix.evaluation.sample import METRICS, Measure
-
     score = None
     if "error" not in said:
         if sample.measure == Measure.PERPLEXITY:
