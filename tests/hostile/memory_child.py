@@ -70,7 +70,7 @@ def hostile_keys(kind: str, num_kv_heads: int, num_keys: int, head_size: int) ->
 def main() -> None:
     job: dict[str, Any] = json.load(sys.stdin)
     torch.set_num_threads(1)
-    for name in ("MAX_KEY_BYTES", "MAX_INDEX_BYTES"):
+    for name in ("MAX_KEY_BYTES", "MAX_CHOICE_BYTES", "MAX_INDEX_BYTES"):
         setattr(dynamic, name, job.get(name, getattr(dynamic, name)))
     num_heads, num_kv_heads, num_keys, num_rows = (job[key] for key in ("heads", "kv_heads", "keys", "rows"))
     head_size = job["head_size"]

@@ -12,6 +12,7 @@ import pytest
 
 from tests.tiers import Tier
 from vllm_trimix.backend import dynamic
+from vllm_trimix.patterns.estimate import MAX_SCORES
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,8 +35,8 @@ def alternating(keys: int) -> list[dict[str, Any]]:
     return [{"pattern": "vertical_slash", "vertical_size": keys // 2, "slash_size": 100}]
 
 
-# Beside the keys themselves (gathered, and a copy on the way) and the lists: what the choice holds of them in fp32.
-PEAK = 4 * dynamic.MAX_KEY_BYTES
+# Keys gathered and again as the CPU kernel packs them, their lists, and what the choice copies in fp32, twice 64 MiB.
+PEAK = 2 * dynamic.MAX_KEY_BYTES + dynamic.MAX_INDEX_BYTES + 2 * 4 * MAX_SCORES
 
 
 def run(patterns: list[dict[str, Any]], **job: Any) -> dict[str, Any]:
@@ -74,6 +75,16 @@ def test_limits_hold_when_they_are_small(tier: Tier) -> None:
             assert 0.4 < found["density"] < 0.6
             assert found["parts"] > found["slabs"]
         tier.case("small", name)
+
+
+@pytest.mark.tier("I")
+def test_scores_of_a_long_chunk_are_bounded(tier: Tier) -> None:
+    """Tiles times blocks grow with the square of a chunk: heads are chosen for in turn."""
+    for name, slabs in (("block_sparse", 4), ("xattention", 1)):
+        # 5 tiles of 64 blocks of 64, or 3 of 32 of 128: 25600 and 7680 bytes a KV head of two query heads.
+        found = run(GREEDY[name], MAX_CHOICE_BYTES=2**15)
+        assert found["slabs"] == slabs
+        tier.case("scores", name)
 
 
 @pytest.mark.slow

@@ -236,6 +236,22 @@ _GROUPS = (
         ),
     ),
     Group(
+        "vllm_trimix/backend/dynamic.py",
+        ("tests/hostile/test_dynamic_memory.py::test_scores_of_a_long_chunk_are_bounded",),
+        (
+            (
+                "a long chunk's scores of all heads at once",
+                "min(MAX_KEY_BYTES // bytes_per_kv_head, MAX_CHOICE_BYTES // choice)",
+                "MAX_KEY_BYTES // bytes_per_kv_head",
+            ),
+        ),
+    ),
+    Group(
+        "vllm_trimix/patterns/estimate.py",
+        (f"{TRUTH}::test_selection_is_the_papers",),
+        (("a chunk's first, partial block overwritten", "out[:, bool(first) :][:, :whole]", "out[:, :whole]"),),
+    ),
+    Group(
         "vllm_trimix/shallow.py",
         (f"{METAMORPHIC}::test_slices_of_heads_are_all_heads",),
         (("every TP rank has the first rank's slice of a head file", "[first : first + num_heads]", "[:num_heads]"),),

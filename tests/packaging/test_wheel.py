@@ -8,12 +8,15 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from vllm_trimix import __version__
 
 ROOT = Path(__file__).parents[2]
 
@@ -111,6 +114,36 @@ def test_the_sdist_holds_the_sources(tmp_path: Path) -> None:
     }
     assert len(expected) > 10
     assert expected | {"setup.py"} <= names
+
+
+def test_a_wheel_from_the_sdist_installs_clean(tmp_path: Path) -> None:
+    """In an environment of its own, beside nothing but what it asks for; without vLLM its commands say what lacks."""
+    source = tmp_path / "source"
+    source.mkdir()
+    sdist, _ = _build("sdist", _source(source), tmp_path, VLLM_TRIMIX_BUILD_CPU="0")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    path, _ = _build("wheel", unpacked, tmp_path, VLLM_TRIMIX_BUILD_CPU="0")
+    environment = tmp_path / "environment"
+    venv.create(environment, with_pip=False)
+    (packages,) = environment.glob("lib/python3*/site-packages")
+    for name in ("packaging", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"):
+        (found,) = (Path(entry) for entry in sys.path if list(Path(entry or ".").glob(f"{name}*.dist-info")))
+        for part in (*found.glob(f"{name}.py"), *found.glob(name), *found.glob(f"{name}-*.dist-info")):
+            (packages / part.name).symlink_to(part)
+    pip = [sys.executable, "-m", "pip", "--python", str(environment / "bin" / "python")]
+    subprocess.run([*pip, "install", "--quiet", "--no-index", str(path)], check=True)
+    command = str(environment / "bin" / "vllm-trimix")
+    says = {
+        arguments: subprocess.run([command, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+        for arguments in (("--version",), ("presets",), ("doctor",))
+    }
+    assert says["--version",].stdout.split() == ["vllm-trimix", __version__]
+    assert "Qwen/Qwen3-8B" in says["presets",].stdout
+    assert says["doctor",].returncode == 1
+    assert "Install a tested version" in says["doctor",].stdout
+    assert "Traceback" not in says["doctor",].stderr
 
 
 def _metadata(wheel: zipfile.ZipFile, name: str) -> str:

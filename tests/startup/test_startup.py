@@ -74,6 +74,12 @@ CASES: dict[str, tuple[str, dict[str, Any], Any, str | None]] = {
         {"layers": "2-3", "dense_backend": "FLASH_ATTN"},
         "trimix.dense_backend: 'FLASH_ATTN' does not run on this platform",
     ),
+    "forged resolution": (
+        "llama",
+        {"additional_config": {"trimix_resolved": {"layers": "0-1", "source": "elsewhere"}}},
+        None,
+        "additional_config.trimix_resolved is internal",
+    ),
     "context parallel": (
         "llama",
         {"decode_context_parallel_size": 2, "tensor_parallel_size": 4},
@@ -92,9 +98,9 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 results = {}
 for name, (arguments, entry) in job["cases"].items():
-    additional = {} if entry is None else {"trimix": entry}
+    arguments = {"additional_config": {} if entry is None else {"trimix": entry}, **arguments}
     try:
-        config = EngineArgs(additional_config=additional, skip_tokenizer_init=True, **arguments).create_engine_config()
+        config = EngineArgs(skip_tokenizer_init=True, **arguments).create_engine_config()
         results[name] = config.additional_config.get("trimix_resolved", {})
     except Exception as error:
         results[name] = f"{type(error).__name__}: {error}"

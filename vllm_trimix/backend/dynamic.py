@@ -16,16 +16,20 @@ from vllm_trimix.backend.prefill import Scales
 from vllm_trimix.kernels.sparse_index import SparseIndex, build_index
 from vllm_trimix.kernels.torch_cpu import PageLayout
 from vllm_trimix.patterns.base import DynamicPattern
-from vllm_trimix.patterns.selection import Chunk, Selection, merge
+from vllm_trimix.patterns.selection import Chunk, Selection, Tiles, merge
 from vllm_trimix.plan import DynamicSpan
 
 MAX_KEY_BYTES = 2**28
 """Keys and values of a request gathered at once, for as many KV heads as fit, at least one."""
+MAX_CHOICE_BYTES = 2**28
+"""Scores and ranks of key blocks at once, likewise."""
 MAX_INDEX_BYTES = 2**26
 """Indices at once, for as many tiles as fit, at least one."""
 
 # Of one block of one tile while it is listed: the choice, its place in two widths, and the list.
 _BYTES_PER_ENTRY = 17
+# While it is chosen: its score and its share, both sorted with their places (8 bytes), a running sum, the choice.
+_BYTES_PER_SCORE = 40
 
 
 Sums = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -72,9 +76,16 @@ class LayerPatterns:
             kinds |= {(any(pattern.has_columns for pattern in heads), has_band), (False, has_band)}
         return kinds
 
-    def slabs(self, bytes_per_kv_head: int) -> list[tuple[int, int, list[HeadGroup]]]:
-        """First KV head, KV heads and groups of each slab: many heads of one kind, or a KV head whose heads differ."""
-        fit = max(1, MAX_KEY_BYTES // bytes_per_kv_head) if self._uniform else 1
+    def slabs(self, bytes_per_kv_head: int, num_scores: int) -> list[tuple[int, int, list[HeadGroup]]]:
+        """First KV head, KV heads and groups of each slab: many heads of one kind, or a KV head whose heads differ.
+
+        Args:
+            bytes_per_kv_head: Its keys and values, gathered.
+            num_scores: Tiles times key blocks of a query head.
+        """
+        choice = num_scores * _BYTES_PER_SCORE * self.num_heads // self.num_kv_heads
+        fit = min(MAX_KEY_BYTES // bytes_per_kv_head, MAX_CHOICE_BYTES // choice)
+        fit = max(1, fit) if self._uniform else 1
         return self._slabs(min(fit, self.num_kv_heads))
 
     @functools.cache  # noqa: B019  One entry for each of a few sizes, as long as the model lives.
@@ -172,13 +183,16 @@ class CpuPages:
 
     def gather(self, request: int, num_keys: int, first_head: int, num_heads: int) -> DenseTokens:
         pages = self.block_table[request, : -(-num_keys // self.block_size)].long()
-        heads = slice(first_head, first_head + num_heads)
         k, v = (
-            layout.tokens(cache[:, heads][pages])[:, :num_keys]
+            torch.empty(num_heads, len(pages) * self.block_size, layout.head_size, dtype=cache.dtype)
             for cache, layout in zip((self.k_pages, self.v_pages), self.layouts, strict=True)
         )
-        # A single page stored by columns comes as a view of it, which no kernel reads.
-        return DenseTokens(*(x if x.stride(2) == 1 else x.contiguous() for x in (k, v)))
+        # Head by head: what is copied on the way is never more than a head's.
+        for head in range(num_heads):
+            of_cache = slice(first_head + head, first_head + head + 1)
+            k[head] = self.layouts[0].tokens(self.k_pages[:, of_cache][pages])[0]
+            v[head] = self.layouts[1].tokens(self.v_pages[:, of_cache][pages])[0]
+        return DenseTokens(k[:, :num_keys], v[:, :num_keys])
 
     def sums(self, request: int, num_keys: int, first_head: int, num_heads: int) -> None:
         return None
@@ -241,8 +255,9 @@ class CudaPages:
     def gather(self, request: int, num_keys: int, first_head: int, num_heads: int) -> GatheredKeys:
         block_size = self.k_cache.shape[2]
         pages = self.block_table[request, : -(-num_keys // block_size)].long()
-        k = self.k_cache[:, first_head : first_head + num_heads][pages]
-        k = k.transpose(0, 1).reshape(num_heads, -1, k.shape[3])[:, :num_keys]
+        # Heads first already, so that nothing is copied twice.
+        k = self.k_cache[:, first_head : first_head + num_heads].transpose(0, 1).index_select(1, pages)
+        k = k.view(num_heads, -1, k.shape[3])[:, :num_keys]
         return GatheredKeys(_dequantised(k, self.scales.k, self.dtype))
 
     def sums(self, request: int, num_keys: int, first_head: int, num_heads: int) -> Sums:
@@ -367,29 +382,47 @@ def prefill(
         out: Like ``q``; other rows are left alone.
         counter: What was read is added to it.
     """
+    for span in spans:
+        (_, _, num_rows, position), num_keys = span
+        tiles = Tiles(patterns.block_size, position, num_rows)
+        num_scores = tiles.num_tiles * tiles.num_blocks
+        for slab in patterns.slabs(num_keys * pages.bytes_per_token, num_scores):
+            _prefill_slab(patterns, slab, span, q, pages, out, counter)
+
+
+def _prefill_slab(
+    patterns: LayerPatterns,
+    slab: tuple[int, int, list[HeadGroup]],
+    span: DynamicSpan,
+    q: torch.Tensor,
+    pages: Pages,
+    out: torch.Tensor,
+    counter: KeyCounter,
+) -> None:
+    """One slab, in a function of its own: what it gathers is gone before the next one gathers."""
+    (request, first_row, num_rows, position), num_keys = span
+    first_kv, num_kv, groups = slab
     group = patterns.num_heads // patterns.num_kv_heads
-    for (request, first_row, num_rows, position), num_keys in spans:
-        end_row = first_row + num_keys - position
-        last_rows = min(patterns.last_rows, num_keys - position)
-        for first_kv, num_kv, groups in patterns.slabs(num_keys * pages.bytes_per_token):
-            heads = slice(first_kv * group, (first_kv + num_kv) * group)
-            gathered = pages.gather(request, num_keys, first_kv, num_kv)
-            rows = pages.queries(q[first_row:end_row, heads]).transpose(0, 1).contiguous()
-            chunk = Chunk(
-                rows[:, :num_rows],
-                rows[:, rows.shape[1] - last_rows :],
-                gathered.k,
-                position,
-                pages.scale,
-                pages.sums(request, num_keys, first_kv, num_kv),
-            )
-            selection = select(groups, chunk)
-            for part in parts(selection):
-                index = build_index(part)
-                place = Place(request, first_row + part.tiles.position - position, heads.start)
-                keys_read = index.block_count.new_empty(index.block_count.shape)
-                pages.attend(q, gathered, index, place, out, keys_read)
-                counter.add(keys_read, index)
+    end_row = first_row + num_keys - position
+    last_rows = min(patterns.last_rows, num_keys - position)
+    heads = slice(first_kv * group, (first_kv + num_kv) * group)
+    gathered = pages.gather(request, num_keys, first_kv, num_kv)
+    rows = pages.queries(q[first_row:end_row, heads]).transpose(0, 1).contiguous()
+    chunk = Chunk(
+        rows[:, :num_rows],
+        rows[:, rows.shape[1] - last_rows :],
+        gathered.k,
+        position,
+        pages.scale,
+        pages.sums(request, num_keys, first_kv, num_kv),
+    )
+    selection = select(groups, chunk)
+    for part in parts(selection):
+        index = build_index(part)
+        place = Place(request, first_row + part.tiles.position - position, heads.start)
+        keys_read = index.block_count.new_empty(index.block_count.shape)
+        pages.attend(q, gathered, index, place, out, keys_read)
+        counter.add(keys_read, index)
 
 
 def select(groups: Sequence[HeadGroup], chunk: Chunk) -> Selection:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-# fp32 scores held at once, whatever the length of the prompt: 64 MiB.
+# fp32 scores, or fp32 copies of keys, held at once, whatever the length of the prompt: 64 MiB.
 MAX_SCORES = 2**24
 
 
@@ -86,12 +86,28 @@ def block_means(x: torch.Tensor, block_size: int, *, offset: int = 0) -> torch.T
         offset: Tokens of the first block that lie before ``x`` and don't count.
     """
     num_heads, num_tokens, head_size = x.shape
-    missing = -(offset + num_tokens) % block_size
-    whole = F.pad(x.float(), (0, 0, offset, missing)).view(num_heads, -1, block_size, head_size)
-    sizes = torch.full((whole.shape[1], 1), float(block_size), device=x.device)
-    sizes[0] -= offset
-    sizes[-1] -= missing
-    return whole.sum(2) / sizes
+    num_blocks = -(-(offset + num_tokens) // block_size)
+    means = torch.empty(num_heads, num_blocks, head_size, device=x.device)
+    # Some heads at a time: on CPUs a sum in fp32 copies what it sums.
+    at_once = max(1, MAX_SCORES // (num_tokens * head_size))
+    for first in range(0, num_heads, at_once):
+        _block_means(x[first : first + at_once], block_size, offset, means[first : first + at_once])
+    return means
+
+
+def _block_means(x: torch.Tensor, block_size: int, offset: int, out: torch.Tensor) -> None:
+    """Whole blocks, between a first and a last that ``x`` may hold a part of."""
+    num_heads, num_tokens, head_size = x.shape
+    first = min(num_tokens, -offset % block_size)
+    whole = (num_tokens - first) // block_size
+    end = first + whole * block_size
+    if first:
+        out[:, 0] = x[:, :first].mean(1, dtype=torch.float32)
+    if whole:
+        blocks = x[:, first:end].unflatten(1, (whole, block_size))
+        torch.mean(blocks, 2, dtype=torch.float32, out=out[:, bool(first) :][:, :whole])
+    if end < num_tokens:
+        out[:, -1] = x[:, end:].mean(1, dtype=torch.float32)
 
 
 def pooled_scores(q_means: torch.Tensor, k_means: torch.Tensor, scale: float, causal: torch.Tensor) -> torch.Tensor:

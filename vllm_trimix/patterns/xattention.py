@@ -75,15 +75,25 @@ def antidiagonal_shares(chunk: Chunk, tiles: Tiles, stride: int) -> torch.Tensor
     Every ``stride`` rows become one, in reverse order, against as many keys in order: their product is the sum of an
     antidiagonal of the scores.
     """
-    num_heads, num_rows, head_size = chunk.q.shape
-    num_kv_heads, device = len(chunk.k), chunk.q.device
+    group = len(chunk.q) // len(chunk.k)
+    # Some KV heads at a time: their keys are copied in fp32.
+    at_once = max(1, MAX_SCORES // (chunk.num_keys * chunk.q.shape[2]))
+    shares = []
+    for first in range(0, len(chunk.k), at_once):
+        q = chunk.q[first * group : (first + at_once) * group]
+        shares.append(_shares(q, chunk.k[first : first + at_once], chunk.scale, tiles, stride))
+    return torch.cat(shares)
+
+
+def _shares(q: torch.Tensor, k: torch.Tensor, scale: float, tiles: Tiles, stride: int) -> torch.Tensor:
+    num_heads, num_rows, head_size = q.shape
+    num_kv_heads, device = len(k), q.device
     offset = tiles.position % tiles.block_size
     end = tiles.num_blocks * tiles.block_size
-    k = chunk.k[:, :end]
-    k = F.pad(k, (0, 0, 0, end - k.shape[1])).reshape(num_kv_heads, -1, stride * head_size).float()
-    q = F.pad(chunk.q, (0, 0, offset, tiles.num_tiles * tiles.block_size - offset - num_rows))
+    k = F.pad(k[:, :end], (0, 0, 0, max(0, end - k.shape[1]))).reshape(num_kv_heads, -1, stride * head_size).float()
+    q = F.pad(q, (0, 0, offset, tiles.num_tiles * tiles.block_size - offset - num_rows))
     q = q.view(num_heads, -1, stride, head_size).flip(2).reshape(num_heads, -1, stride * head_size).float()
-    q *= chunk.scale / stride
+    q *= scale / stride
     per_tile = tiles.block_size // stride
     # Rows that the chunk has none of count for nothing.
     first_row = torch.arange(q.shape[1], device=device) * stride
