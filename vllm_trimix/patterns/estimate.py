@@ -97,7 +97,7 @@ def block_means(x: torch.Tensor, block_size: int, *, offset: int = 0) -> torch.T
 
 def _block_means(x: torch.Tensor, block_size: int, offset: int, out: torch.Tensor) -> None:
     """Whole blocks, between a first and a last that ``x`` may hold a part of."""
-    num_heads, num_tokens, head_size = x.shape
+    num_tokens = x.shape[1]
     first = min(num_tokens, -offset % block_size)
     whole = (num_tokens - first) // block_size
     end = first + whole * block_size
