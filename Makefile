@@ -4,13 +4,15 @@ DEVICE ?= auto
 PORT ?= 8000
 BACKEND ?= TRIMIX
 PYTEST_ARGS ?=
+# Test files run side by side in so many processes; 0 runs them in pytest's own, for --pdb.
+TEST_WORKERS ?= 2
 DEMO_ARGS ?=
 
 # Taken literally ($ and quotes included) and handed to the scripts through the environment: no shell parses them.
 override MODEL := $(value MODEL)
 override TRIMIX_CONFIG := $(value TRIMIX_CONFIG)
 override SERVE_ARGS := $(value SERVE_ARGS)
-export PYTHON DEVICE PORT BACKEND MODEL TRIMIX_CONFIG SERVE_ARGS
+export PYTHON DEVICE PORT BACKEND MODEL TRIMIX_CONFIG SERVE_ARGS TEST_WORKERS
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -79,7 +81,7 @@ endef
 test test-full lint: export PIP_CACHE_DIR ?= $(CURDIR)/build/cache/pip
 
 test: $(INSTALLED_DEV) build/env.sh
-	$(call run-tests,-m pytest -m "not slow" --basetemp=build/pytest)
+	$(call run-tests,-m pytest -m "not slow" --basetemp=build/pytest -n $(TEST_WORKERS) --dist loadfile)
 
 test-full: $(INSTALLED_DEV) build/env.sh
 	$(call run-tests,scripts/test_full.py)

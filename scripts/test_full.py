@@ -27,6 +27,8 @@ REPORT = ROOT / "build" / "tiers.json"
 SLOW = "slow"
 MINUTES = 100
 """What a full run may take."""
+TEST_BY_TEST = "ABCD"
+"""Tiers whose tests are drawn cases that share nothing: their workers take tests from one another, not files."""
 _NO_TESTS = 5
 _NOT_SOURCES = {".git", ".venv", "build", "dist", "__pycache__"}
 
@@ -89,7 +91,13 @@ def run_stage(stage: str, arguments: Sequence[str]) -> tuple[list[str], dict[str
         What is wrong, one line each, and a tier's entry of ``tiers.json``.
     """
     chosen = ["--tier", "none", "-m", SLOW] if stage == SLOW else ["--full", "--tier", stage]
-    command = [sys.executable, "-m", "pytest", *chosen, "--basetemp=build/pytest", *arguments]
+    workers = [
+        "-n",
+        os.environ.get("TEST_WORKERS", "2"),
+        "--dist",
+        "worksteal" if stage in TEST_BY_TEST else "loadfile",
+    ]
+    command = [sys.executable, "-m", "pytest", *chosen, "--basetemp=build/pytest", *workers, *arguments]
     with subprocess.Popen(command, cwd=ROOT) as process:
         try:
             status = process.wait()

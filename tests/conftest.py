@@ -1,8 +1,13 @@
-"""Tiers of the test matrix: the options that choose one and ask for all its cases, and the record of what ran."""
+"""Tiers of the test matrix: the options that choose one and ask for all its cases, and the record of what ran.
+
+pytest-xdist runs test files side by side: its workers share the cores, and the main process adds up what they checked.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -18,6 +23,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_TIERS] = {}
+    if _is_worker(config):
+        # Before torch is imported: threads that wait for one another in turns cost more than they give.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def _is_worker(config: pytest.Config) -> bool:
+    return hasattr(config, "workerinput")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -32,6 +44,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=dropped)
 
 
+def _tier(config: pytest.Config, name: str) -> Tier:
+    return config.stash[_TIERS].setdefault(name, Tier(name, full=config.getoption("--full")))
+
+
 def _tier_of(item: pytest.Item) -> Tier | None:
     marker = item.get_closest_marker("tier")
     if marker is None:
@@ -39,7 +55,7 @@ def _tier_of(item: pytest.Item) -> Tier | None:
     name = marker.args[0]
     if name not in TIERS:
         raise pytest.UsageError(f"{item.nodeid}: tier {name!r} is none of {', '.join(TIERS)}")
-    return item.config.stash[_TIERS].setdefault(name, Tier(name, full=item.config.getoption("--full")))
+    return _tier(item.config, name)
 
 
 @pytest.fixture
@@ -60,7 +76,16 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     return report
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """What an xdist worker checked; nothing where it crashed."""
+    for name, packed in getattr(node, "workeroutput", {}).get("tiers", {}).items():
+        _tier(node.config, name).add(packed)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     tiers = session.config.stash[_TIERS]
-    if tiers:
+    if _is_worker(session.config):
+        session.config.workeroutput["tiers"] = {name: tier.pack() for name, tier in tiers.items()}  # type: ignore[attr-defined]
+    elif tiers:
         write(session.config.rootpath / "build" / "tiers.json", tiers)

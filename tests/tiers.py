@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ TIERS = {
 }
 FACTS = ("triangle", "straddling", "cached", "resumed")
 """Whether a case has triangle rows, last rows that straddle a chunk, cached prompt rows, rows of a resumed request."""
+_DIGEST = 8
 MIN_SHARE = 0.1
 """Of the cases to which a fact applies it must hold in this share at least."""
 
@@ -41,9 +41,8 @@ class Tier:
 
     def __init__(self, name: str, *, full: bool) -> None:
         self.name, self._full = name, full
-        self._seen: set[bytes] = set()
-        self._facts: Counter[str] = Counter()
-        self._applicable: Counter[str] = Counter()
+        # By digest of the key: whether each fact applies, and whether it holds, a bit each.
+        self._cases: dict[bytes, int] = {}
         self.seconds, self.failures = 0.0, 0
 
     def size(self, *, sample: int, full: int) -> int:
@@ -52,25 +51,41 @@ class Tier:
 
     def case(self, *key: object, **facts: bool) -> None:
         """Counts a case that was checked, once for each key; facts that can't apply to it are left out."""
-        digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-        if digest in self._seen:
-            return
-        self._seen.add(digest)
+        bits = 0
         for fact, holds in facts.items():
             if fact not in FACTS:
                 raise ValueError(f"fact {fact!r} is none of {FACTS}")
-            self._applicable[fact] += 1
-            self._facts[fact] += holds
+            bits |= (1 | bool(holds) << len(FACTS)) << FACTS.index(fact)
+        self._cases.setdefault(hashlib.blake2b(repr(key).encode(), digest_size=_DIGEST).digest(), bits)
+
+    def pack(self) -> dict[str, Any]:
+        """All of it in plain types, for another process."""
+        cases = b"".join(digest + bytes([bits]) for digest, bits in self._cases.items())
+        return {"cases": cases, "seconds": self.seconds, "failures": self.failures}
+
+    def add(self, packed: dict[str, Any]) -> None:
+        """Takes in what another process packed of the same tier."""
+        cases, size = packed["cases"], _DIGEST + 1
+        for start in range(0, len(cases), size):
+            self._cases.setdefault(cases[start : start + _DIGEST], cases[start + _DIGEST])
+        self.seconds += packed["seconds"]
+        self.failures += packed["failures"]
 
     def as_json(self) -> dict[str, Any]:
         """For ``build/tiers.json``."""
+        shares = {}
+        for number, fact in enumerate(FACTS):
+            applies, holds = 1 << number, 1 << number + len(FACTS)
+            applicable = sum(bool(bits & applies) for bits in self._cases.values())
+            if applicable:
+                shares[fact] = round(sum(bool(bits & holds) for bits in self._cases.values()) / applicable, 4)
         return {
             "what": TIERS[self.name],
-            "cases": len(self._seen),
+            "cases": len(self._cases),
             "seconds": round(self.seconds, 1),
             "failures": self.failures,
             "full": self._full,
-            "shares": {fact: round(self._facts[fact] / count, 4) for fact, count in self._applicable.items()},
+            "shares": shares,
         }
 
 

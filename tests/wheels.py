@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,14 @@ def fetch(requirement: str, folder: Path, *, wanted: Callable[[str], bool] = lam
     Returns:
         Why there is none, or None.
     """
-    if folder.exists():
-        return None
+    folder.parent.mkdir(exist_ok=True)
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        # Another pytest process may be at it.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return None if folder.exists() else _fetch(requirement, folder, wanted)
+
+
+def _fetch(requirement: str, folder: Path, wanted: Callable[[str], bool]) -> str | None:
     wheels, part = folder.with_suffix(".wheel"), folder.with_suffix(".part")
     for leftover in (wheels, part):
         shutil.rmtree(leftover, ignore_errors=True)

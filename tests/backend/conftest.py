@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,21 +24,33 @@ def _is_source(name: str) -> bool:
 
 
 class _Children:
-    """The processes, or why one is missing; they work while other tests run."""
+    """The processes, or why one is missing; they work while other tests run.
 
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="composition-")
-        folder = Path(self._folder.name)
-        self.children = {"installed": Child(folder / "installed.json", source=None)}
+    One pytest process starts them, the first where xdist has several: the others read what they write.
+    """
+
+    def __init__(self, folder: Path, *, starts: bool) -> None:
+        self._folder = folder if starts else None
+        sources: dict[str, Path | None] = {"installed": None}
         self.missing = fetch(f"vllm=={NEXT_VLLM}", NEXT_SOURCE, wanted=_is_source)
         if self.missing is None:
-            self.children["0.33"] = Child(folder / "next.json", source=NEXT_SOURCE)
+            sources["0.33"] = NEXT_SOURCE
+        folder.mkdir(exist_ok=True)
+        outs = {version: folder / f"{version}.json" for version in sources}
+        self.children = {
+            version: Child.start(out, source=sources[version]) if starts else Child(out)
+            for version, out in outs.items()
+        }
+
+    def wait(self) -> None:
+        for child in self.children.values():
+            child.wait()
 
     def stop(self) -> None:
         for child in self.children.values():
-            child.process.kill()
-            child.process.wait()
-        self._folder.cleanup()
+            child.stop()
+        if self._folder is not None:
+            shutil.rmtree(self._folder)
 
 
 _CHILDREN = pytest.StashKey[_Children]()
@@ -55,7 +69,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     collects = session.config.getoption("collectonly")
     if not collects and any(map(_is_driven, session.items)) and all(map(importlib.util.find_spec, ("vllm", "triton"))):
-        session.config.stash[_CHILDREN] = _Children()
+        worker = getattr(session.config, "workerinput", {"workerid": "gw0", "testrunuid": str(os.getpid())})
+        folder = Path(tempfile.gettempdir()) / f"composition-{worker['testrunuid']}"
+        session.config.stash[_CHILDREN] = _Children(folder, starts=worker["workerid"] == "gw0")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Another worker may still wait for a report."""
+    children = session.config.stash.get(_CHILDREN, None)
+    stopped = session.shouldstop or session.shouldfail or session.exitstatus == pytest.ExitCode.INTERRUPTED
+    if children is not None and hasattr(session.config, "workerinput") and not stopped:
+        children.wait()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -6,8 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).parents[2]
 # With this suffix the last rows of a prompt go to the dense kernel instead of ours.
@@ -17,20 +20,25 @@ FLOAT32_EPS = 2.0**-23
 
 
 class Child:
-    """One process that drives every scenario, against one vLLM."""
+    """One process that drives every scenario, against one vLLM; any process may read its report."""
 
-    def __init__(self, out: Path, *, source: Path | None) -> None:
+    def __init__(self, out: Path, process: psutil.Process | None = None) -> None:
+        """By where its report goes; ``process`` for whoever started it."""
+        self._out, self._log, self._pid = out, out.with_suffix(".log"), out.with_suffix(".pid")
+        self._process = process
+
+    @classmethod
+    def start(cls, out: Path, *, source: Path | None) -> Child:
         """Starts it.
 
         Args:
             out: Where the report goes.
             source: Folder with the vLLM to import; None is the installed one.
         """
-        self.out = out
+        child = cls(out)
         path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-        self.log = out.with_suffix(".log")
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
+        with child._log.open("w") as log:
+            child._process = psutil.Popen(
                 # What runs in front of it goes first.
                 ["nice", "-n", "10", sys.executable, "-m", "tests.backend.composition_child", str(out)],
                 cwd=ROOT,
@@ -38,13 +46,37 @@ class Child:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+        part = child._pid.with_suffix(".part")
+        part.write_text(str(child._process.pid))
+        part.replace(child._pid)
+        return child
 
     def report(self) -> dict[str, Any]:
         """Waits for the process, and reads its report."""
-        self.process.wait(timeout=900)
-        assert self.process.returncode == 0, self.log.read_text()[-6000:]
-        report: dict[str, Any] = json.loads(self.out.read_text())
+        self.wait()
+        assert self._out.exists(), self._log.read_text()[-6000:]
+        report: dict[str, Any] = json.loads(self._out.read_text())
         return report
+
+    def wait(self) -> None:
+        """Until it has ended."""
+        deadline = time.monotonic() + 900
+        while not self._pid.exists() or self._runs():
+            assert time.monotonic() < deadline, f"no report yet\n{self._log.read_text()[-6000:]}"
+            time.sleep(0.2)
+
+    def _runs(self) -> bool:
+        try:
+            process = self._process or psutil.Process(int(self._pid.read_text()))
+            return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    def stop(self) -> None:
+        """Ends it, where this process started it."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
 
 
 def crash(result: dict[str, Any]) -> str:

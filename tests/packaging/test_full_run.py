@@ -51,7 +51,11 @@ def test_plain():
     ran("p")
 """
 
-PLAIN = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": "-p pytest_timeout"}
+PLAIN = {
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    "PYTEST_ADDOPTS": "-p pytest_timeout -p xdist.plugin",
+    "TEST_WORKERS": "0",
+}
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -85,13 +89,13 @@ def environment() -> dict[str, str]:
 def run(checkout: Path) -> Run:
     """Runs everything that has not passed under a plan; the names of what ran are its ``ran``."""
 
-    def run(*arguments: str, command: str = "scripts/test_full.py", **plan: int) -> Any:
+    def run(*arguments: str, command: str = "scripts/test_full.py", workers: str = "0", **plan: int) -> Any:
         (checkout / "plan.json").write_text(json.dumps(plan))
         (checkout / "ran").write_text("")
         result: Any = subprocess.run(
             [sys.executable, *command.split(), *arguments],
             cwd=checkout,
-            env=environment(),
+            env=environment() | {"TEST_WORKERS": workers},
             capture_output=True,
             text=True,
             timeout=120,
@@ -133,6 +137,25 @@ def test_all_stages_once_for_the_same_sources(checkout: Path, run: Run) -> None:
     assert run().ran == ""
     (checkout / "tests/new.py").touch()
     assert run().ran == "ABS"
+
+
+def test_workers_add_up(checkout: Path, run: Run) -> None:
+    """The same report from two processes as from one; a case that both checked counts once."""
+    tests = checkout / "tests/test_stand_in.py"
+    again = '\n@pytest.mark.tier("A")\ndef test_{}(tier):\n    tier.case({}, cached=True)\n'
+    tests.write_text(tests.read_text() + again.format("c", 0) + again.format("d", 20) + again.format("e", 21))
+    alone: Any = run()
+    expected = tiers(checkout)
+    assert (alone.returncode, expected["A"]["cases"], expected["A"]["shares"]) == (0, 22, {"cached": 0.1818})
+    # Another source, so that they run again.
+    (checkout / "tests/new.py").touch()
+    together: Any = run(workers="2")
+    assert together.returncode == 0, together.stdout
+    assert "2 workers" in together.stdout
+    found = tiers(checkout)
+    for entry in (*expected.values(), *found.values()):
+        del entry["seconds"]
+    assert found == expected
 
 
 @pytest.mark.parametrize(
