@@ -255,8 +255,10 @@ class CudaPages:
     def gather(self, request: int, num_keys: int, first_head: int, num_heads: int) -> GatheredKeys:
         block_size = self.k_cache.shape[2]
         pages = self.block_table[request, : -(-num_keys // block_size)].long()
-        # Heads first already, so that nothing is copied twice.
-        k = self.k_cache[:, first_head : first_head + num_heads].transpose(0, 1).index_select(1, pages)
+        k = self.k_cache[:, first_head : first_head + num_heads].transpose(0, 1)
+        # Heads first already, so that nothing is copied twice; as bytes, because not every torch selects from fp8.
+        stored = k.view(torch.uint8) if k.element_size() == 1 else k
+        k = stored.index_select(1, pages).view(k.dtype)
         k = k.view(num_heads, -1, k.shape[3])[:, :num_keys]
         return GatheredKeys(_dequantised(k, self.scales.k, self.dtype))
 
