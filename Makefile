@@ -81,7 +81,7 @@ endef
 test test-full lint: export PIP_CACHE_DIR ?= $(CURDIR)/build/cache/pip
 
 test: $(INSTALLED_DEV) build/env.sh
-	$(call run-tests,-m pytest -m "not slow" --basetemp=build/pytest -n $(TEST_WORKERS) --dist loadfile)
+	$(call run-tests,-m pytest -m "not slow" --basetemp=build/pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations=25)
 
 test-full: $(INSTALLED_DEV) build/env.sh
 	$(call run-tests,scripts/test_full.py)

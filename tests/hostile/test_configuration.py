@@ -126,7 +126,10 @@ def test_any_preset_files(folder: Path, tier: Tier) -> None:
 @pytest.mark.tier("I")
 def test_any_damage_to_a_preset_file(folder: Path, tier: Tier) -> None:
     whole = json.dumps({"layers": "16-31", "n_local": 512, "shallow": {"pattern": "a_shape", "n_init": 4}}).encode()
-    edits = st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), min_size=1, max_size=3)
+    # Often a digit for a digit: such files are accepted now and then.
+    digits = [place for place, byte in enumerate(whole) if chr(byte).isdigit()]
+    places = st.sampled_from(digits) | st.integers(0, len(whole) - 1)
+    edits = st.lists(st.tuples(places, st.sampled_from(b"0123456789") | st.integers(0, 255)), min_size=1, max_size=3)
 
     def check(changes: list[tuple[int, int]]) -> str:
         text = bytearray(whole)
