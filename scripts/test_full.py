@@ -91,12 +91,8 @@ def run_stage(stage: str, arguments: Sequence[str]) -> tuple[list[str], dict[str
         What is wrong, one line each, and a tier's entry of ``tiers.json``.
     """
     chosen = ["--tier", "none", "-m", SLOW] if stage == SLOW else ["--full", "--tier", stage]
-    workers = [
-        "-n",
-        os.environ.get("TEST_WORKERS", "2"),
-        "--dist",
-        "worksteal" if stage in TEST_BY_TEST else "loadfile",
-    ]
+    spread = "worksteal" if stage in TEST_BY_TEST else "loadfile"
+    workers = ["-n", os.environ.get("TEST_WORKERS", "2"), "--dist", spread, "--no-loadscope-reorder"]
     command = [sys.executable, "-m", "pytest", *chosen, "--basetemp=build/pytest", *workers, *arguments]
     with subprocess.Popen(command, cwd=ROOT) as process:
         try:

@@ -43,7 +43,8 @@ class _Children:
         }
 
     def wait(self) -> None:
-        for child in self.children.values():
+        """Until all have ended that this process started."""
+        for child in self.children.values() if self._folder else ():
             child.wait()
 
     def stop(self) -> None:

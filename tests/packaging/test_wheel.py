@@ -129,7 +129,7 @@ def test_a_wheel_from_the_sdist_installs_clean(tmp_path: Path) -> None:
     venv.create(environment, with_pip=False)
     (packages,) = environment.glob("lib/python3*/site-packages")
     for name in ("packaging", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"):
-        (found,) = (Path(entry) for entry in sys.path if list(Path(entry or ".").glob(f"{name}*.dist-info")))
+        found = next(Path(entry) for entry in sys.path if entry and list(Path(entry).glob(f"{name}-*.dist-info")))
         for part in (*found.glob(f"{name}.py"), *found.glob(name), *found.glob(f"{name}-*.dist-info")):
             (packages / part.name).symlink_to(part)
     pip = [sys.executable, "-m", "pip", "--python", str(environment / "bin" / "python")]
