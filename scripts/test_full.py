@@ -29,6 +29,8 @@ MINUTES = 100
 """What a full run may take."""
 TEST_BY_TEST = "ABCD"
 """Tiers whose tests are drawn cases that share nothing: their workers take tests from one another, not files."""
+ALONE = "HJ"
+"""Tiers that load the machine, or time it: one process."""
 _NO_TESTS = 5
 _NOT_SOURCES = {".git", ".venv", "build", "dist", "__pycache__"}
 
@@ -92,7 +94,8 @@ def run_stage(stage: str, arguments: Sequence[str]) -> tuple[list[str], dict[str
     """
     chosen = ["--tier", "none", "-m", SLOW] if stage == SLOW else ["--full", "--tier", stage]
     spread = "worksteal" if stage in TEST_BY_TEST else "loadfile"
-    workers = ["-n", os.environ.get("TEST_WORKERS", "2"), "--dist", spread, "--no-loadscope-reorder"]
+    count = "0" if stage in ALONE else os.environ.get("TEST_WORKERS", "2")
+    workers = ["-n", count, "--dist", spread, "--no-loadscope-reorder"]
     command = [sys.executable, "-m", "pytest", *chosen, "--basetemp=build/pytest", *workers, *arguments]
     with subprocess.Popen(command, cwd=ROOT) as process:
         try:

@@ -89,7 +89,9 @@ def serve(
     ]
     if trimix is not None:
         command.append("--additional-config=" + json.dumps({"trimix": trimix}))
-    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "2", "PYTHONUNBUFFERED": "1"}
+    # As many threads as vLLM chooses, however many the tests may have.
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    env = inherited | {"VLLM_CPU_KVCACHE_SPACE": "2", "PYTHONUNBUFFERED": "1"}
     with open(log, "wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True)
     server = Server(process, port, log)
