@@ -26,8 +26,9 @@ print("KVCACHE", os.environ.get("VLLM_CPU_KVCACHE_SPACE"))
 WAIT_FOR_CTRL_C = """
 import signal, subprocess, sys
 child = subprocess.Popen(["sleep", "600"])
-print("READY", child.pid, flush=True)
 try:
+    # Ctrl-C may come before this has returned.
+    print("READY", child.pid, flush=True)
     signal.pause()
 except KeyboardInterrupt:
     child.terminate()
