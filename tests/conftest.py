@@ -24,8 +24,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_TIERS] = {}
     if _is_worker(config):
-        # Before torch is imported: threads that wait for one another in turns cost more than they give.
+        # Before torch is imported. Threads that spin while they wait for one another would take the others' cores.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _is_worker(config: pytest.Config) -> bool:

@@ -70,7 +70,7 @@ def serve(
     trimix: dict[str, Any] | None,
     arguments: tuple[str, ...] = (),
     backend: str = "TRIMIX",
-    start_timeout: float = 240,
+    start_timeout: float = 600,
 ) -> Iterator[Server]:
     """Starts ``vllm serve``, waits until it is healthy, and stops it with Ctrl-C's signal."""
     port = free_port()
