@@ -22,10 +22,10 @@ FLOAT32_EPS = 2.0**-23
 class Child:
     """One process that drives every scenario, against one vLLM; any process may read its report."""
 
-    def __init__(self, out: Path, process: psutil.Process | None = None) -> None:
-        """By where its report goes; ``process`` for whoever started it."""
+    def __init__(self, out: Path) -> None:
+        """By where its report goes."""
         self._out, self._log, self._pid = out, out.with_suffix(".log"), out.with_suffix(".pid")
-        self._process = process
+        self._process: psutil.Popen | None = None
 
     @classmethod
     def start(cls, out: Path, *, source: Path | None) -> Child:
@@ -54,7 +54,8 @@ class Child:
     def report(self) -> dict[str, Any]:
         """Waits for the process, and reads its report."""
         self.wait()
-        assert self._out.exists(), self._log.read_text()[-6000:]
+        status = self._process.wait() if self._process else 0
+        assert (status, self._out.exists()) == (0, True), self._log.read_text()[-6000:]
         report: dict[str, Any] = json.loads(self._out.read_text())
         return report
 

@@ -46,7 +46,7 @@ def name_of(process: psutil.Process) -> str:
 def killed(model: Path, log: Path, victim: str, backend: str) -> dict[str, Any]:
     """Kills a process while a long prompt is read; what clients and operators see of it."""
     trimix = {"stats_log_interval": 1.0, "min_prompt_len": 0} if backend == "TRIMIX" else None
-    # A worker is a process of its own where there are several.
+    # Of two workers one is killed: the other must not stay behind.
     ranks = 2 if victim == "Worker" else 1
     arguments = ("--max-num-batched-tokens=512", f"--tensor-parallel-size={ranks}")
     found: dict[str, Any] = {}

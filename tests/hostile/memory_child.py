@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,15 @@ class CountedPages(dynamic.CpuPages):
 
     most_gathered = 0
     most_listed = 0
+    still_held = 0
+    previous: weakref.ref[torch.Tensor] | None = None
     parts = 0
     slabs = 0
 
     def gather(self, request: int, num_keys: int, first_head: int, num_heads: int) -> dynamic.DenseTokens:
+        self.still_held += self.previous is not None and self.previous() is not None
         gathered = super().gather(request, num_keys, first_head, num_heads)
+        self.previous = weakref.ref(gathered.k)
         self.most_gathered = max(self.most_gathered, sum(x.numel() * x.element_size() for x in gathered))
         self.slabs += 1
         return gathered
@@ -95,6 +100,7 @@ def main() -> None:
         "grown": _status("VmHWM") - before,
         "gathered": pages.most_gathered,
         "listed": pages.most_listed,
+        "still held": pages.still_held,
         "slabs": pages.slabs,
         "parts": pages.parts,
         "density": counter.total() / counter.causal,

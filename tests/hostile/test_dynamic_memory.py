@@ -53,6 +53,7 @@ def run(patterns: list[dict[str, Any]], **job: Any) -> dict[str, Any]:
     assert child.returncode == 0, child.stderr[-3000:]
     found: dict[str, Any] = json.loads(child.stdout)
     assert found["right"], "the kernel left rows unwritten, or wrong"
+    assert found["still held"] == 0, "keys of one slab were kept while the next one's were gathered"
     return found
 
 

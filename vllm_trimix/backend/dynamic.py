@@ -183,16 +183,14 @@ class CpuPages:
 
     def gather(self, request: int, num_keys: int, first_head: int, num_heads: int) -> DenseTokens:
         pages = self.block_table[request, : -(-num_keys // self.block_size)].long()
-        k, v = (
-            torch.empty(num_heads, len(pages) * self.block_size, layout.head_size, dtype=cache.dtype)
-            for cache, layout in zip((self.k_pages, self.v_pages), self.layouts, strict=True)
-        )
-        # Head by head: what is copied on the way is never more than a head's.
-        for head in range(num_heads):
-            of_cache = slice(first_head + head, first_head + head + 1)
-            k[head] = self.layouts[0].tokens(self.k_pages[:, of_cache][pages])[0]
-            v[head] = self.layouts[1].tokens(self.v_pages[:, of_cache][pages])[0]
-        return DenseTokens(k[:, :num_keys], v[:, :num_keys])
+        gathered = []
+        for cache, layout in zip((self.k_pages, self.v_pages), self.layouts, strict=True):
+            tokens = torch.empty(num_heads, len(pages) * self.block_size, layout.head_size, dtype=cache.dtype)
+            # Head by head: what is copied on the way is never more than a head's.
+            for head in range(num_heads):
+                tokens[head] = layout.tokens(cache[:, first_head + head, None][pages])[0]
+            gathered.append(tokens[:, :num_keys])
+        return DenseTokens(*gathered)
 
     def sums(self, request: int, num_keys: int, first_head: int, num_heads: int) -> None:
         return None

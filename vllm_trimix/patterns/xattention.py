@@ -90,7 +90,8 @@ def _shares(q: torch.Tensor, k: torch.Tensor, scale: float, tiles: Tiles, stride
     num_kv_heads, device = len(k), q.device
     offset = tiles.position % tiles.block_size
     end = tiles.num_blocks * tiles.block_size
-    k = F.pad(k[:, :end], (0, 0, 0, max(0, end - k.shape[1]))).reshape(num_kv_heads, -1, stride * head_size).float()
+    k = k[:, :end]
+    k = F.pad(k, (0, 0, 0, end - k.shape[1])).reshape(num_kv_heads, -1, stride * head_size).float()
     q = F.pad(q, (0, 0, offset, tiles.num_tiles * tiles.block_size - offset - num_rows))
     q = q.view(num_heads, -1, stride, head_size).flip(2).reshape(num_heads, -1, stride * head_size).float()
     q *= scale / stride
