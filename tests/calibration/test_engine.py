@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def environment(folder: Path) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": path, "TMPDIR": str(folder)}
+    # vLLM's sockets stay in the usual folder: their paths may have 107 characters, and a test's own folder is deep.
+    sockets = os.environ.get("VLLM_RPC_BASE_PATH", tempfile.gettempdir())
+    changed = {"VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": path, "TMPDIR": str(folder), "VLLM_RPC_BASE_PATH": sockets}
+    return os.environ | changed
 
 
 def test_measures_and_writes_what_a_server_then_runs(model: Path, tmp_path: Path) -> None:
