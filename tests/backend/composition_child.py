@@ -46,7 +46,7 @@ class EngineFactory:
 
         self.model_runner, self.folder = model_runner, folder
         self.max_tail_rows = TritonPrefill.max_tail_rows
-        self.configs: dict[tuple[int, int], Any] = {}
+        self.configs: dict[tuple[int, int, bool], Any] = {}
 
     def __call__(
         self,
@@ -56,6 +56,7 @@ class EngineFactory:
         group: int = 1,
         full_graphs: bool = False,
         num_speculative_tokens: int = 0,
+        shallow: bool = True,
         seed: int = 0,
     ) -> Any:
         from vllm.config.compilation import CUDAGraphMode
@@ -66,13 +67,14 @@ class EngineFactory:
 
         TritonPrefill.max_tail_rows = 0 if dense.endswith(STOCK_TAILS) else self.max_tail_rows
         dense = dense.removesuffix(STOCK_TAILS)
-        key = (group, num_speculative_tokens)
+        key = (group, num_speculative_tokens, shallow)
         if key not in self.configs:
             self.configs[key] = make_config(
                 self.folder / str(group),
                 num_heads=max(2, group),
                 num_kv_heads=max(2, group) // group,
                 num_speculative_tokens=num_speculative_tokens,
+                shallow=shallow,
             )
         config = self.configs[key]
         # The CPU platform turned graphs off; the CUDA path decides by these. The runner narrows the mode.
@@ -155,7 +157,8 @@ def facts(make: Callable[..., Any]) -> dict[str, Any]:
         "outside": builder.build(0, common).trimix is not None,
         "active": [layer.impl.trimix_active for layer in engine.model.layers],
         "stock_impl": [isinstance(layer.impl, builder_impl(builder)) for layer in engine.model.layers],
-        "stock_without_metadata": bool((without_metadata(engine) == 0).all()),
+        "profiled": without_metadata(engine),
+        "profiled_without_patterns": without_metadata(make(shallow=False)),
     }
 
 
@@ -183,11 +186,15 @@ def builder_impl(builder: Any) -> type:
     return dense_backend(builder.dense_name).get_impl_cls()
 
 
-def without_metadata(engine: Any) -> Any:
-    """A triangle layer's output in vLLM's memory profiling, where there is no metadata."""
+def without_metadata(engine: Any) -> dict[str, Any]:
+    """A layer in vLLM's profile run, where there is no metadata: whether its output is zero, and what it allocates."""
     layer = engine.model.layers[1]
     rows = hardware.torch.ones(3, layer.num_heads, layer.head_size)
-    return layer.impl.forward(layer, rows, rows, rows, layer.kv_cache, None, rows.clone())
+    out = rows.clone()
+    with hardware.torch.profiler.profile(profile_memory=True) as profile:
+        layer.impl.forward(layer, rows, rows, rows, layer.kv_cache, None, out)
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
+    return {"zero": bool((out == 0).all()), "bytes": allocated}
 
 
 def runners() -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from tests.backend.report import DENSE, crash, wrong_counts, wrong_density, wrong_notes, wrong_rows
+from vllm_trimix.backend import dynamic
+from vllm_trimix.patterns.estimate import MAX_SCORES
 
 SCENARIOS = (
     "random-LBHNC-gqa1",
@@ -90,7 +92,13 @@ class TestComposedClasses:
         assert report["facts"][dense]["remainder_slots"]
 
     def test_profiles_like_stock(self, report: dict[str, Any], dense: str) -> None:
-        assert report["facts"][dense]["stock_without_metadata"]
+        assert report["facts"][dense]["profiled_without_patterns"] == {"zero": True, "bytes": 0}
+
+    def test_profiles_what_dynamic_patterns_may_hold(self, report: dict[str, Any], dense: str) -> None:
+        """Keys, scores, lists and copies at their limits, and the queries: 3 rows of 2 heads of 32 in fp32."""
+        limits = dynamic.MAX_KEY_BYTES + dynamic.MAX_CHOICE_BYTES + dynamic.MAX_INDEX_BYTES + 4 * MAX_SCORES
+        assert limits == 640 * 2**20
+        assert report["facts"][dense]["profiled"] == {"zero": True, "bytes": limits + 3 * 2 * 32 * 4}
 
 
 def test_flashinfer_shares_one_workspace() -> None:

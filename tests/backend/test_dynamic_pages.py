@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_trimix.backend.dynamic import CudaPages
+from vllm_trimix.backend.dynamic import CudaPages, _dequantised
 from vllm_trimix.backend.prefill import Scales
 
 
@@ -22,3 +22,16 @@ def test_keys_of_a_request(heads_first: bool, dtype: torch.dtype) -> None:
     found = read.gather(1, 40, 1, 2).k
     expected = torch.cat([keys[page] for page in (3, 1, 6)], dim=1)[1:3, :40].to(torch.bfloat16)
     assert torch.equal(found, expected if scale is None else expected / 2)
+
+
+def test_fp8_keys_count_in_both_precisions() -> None:
+    """What is gathered and what it becomes are held at once, and nothing else: a slab's size follows from it."""
+    cache = torch.ones(8, 4, 16, 32).to(torch.float8_e4m3fn)
+    scales = Scales(None, torch.tensor(0.5), None)
+    read = CudaPages(cache, cache, torch.zeros(1, 1, dtype=torch.int32), 1.0, 0.0, scales, torch.bfloat16, 1, {})
+    with torch.profiler.profile(profile_memory=True) as profile:
+        keys = _dequantised(cache, scales.k, torch.bfloat16)
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
+    # The scale in bf16 is the rest.
+    assert keys.nbytes <= allocated <= keys.nbytes + 64
+    assert read.bytes_per_token * 8 * 4 * 16 == cache.nbytes + keys.nbytes

@@ -34,7 +34,9 @@ MAX_LEN, MAX_NUM_REQS, MAX_REQUESTS = 256, 8, 24
 DEVICE = torch.device("cpu")
 
 
-def make_config(path: Path, *, num_heads: int, num_kv_heads: int, num_speculative_tokens: int = 0) -> Any:
+def make_config(
+    path: Path, *, num_heads: int, num_kv_heads: int, num_speculative_tokens: int = 0, shallow: bool = True
+) -> Any:
     """The engine's configuration, made and resolved as vLLM does, for a Llama without weights."""
     path.mkdir(parents=True, exist_ok=True)
     model = {
@@ -56,7 +58,8 @@ def make_config(path: Path, *, num_heads: int, num_kv_heads: int, num_speculativ
     (path / "heads.json").write_text(json.dumps({"format": "vllm-trimix-heads/1", "layers": heads}))
     trimix = {"layers": list(TRIANGLE_LAYERS), "min_prompt_len": 0, "stats_log_interval": 0.0}
     trimix.update(n_init=PATTERN.n_init, n_local=PATTERN.n_local, last_n=PATTERN.last_n)
-    trimix["shallow"] = {"heads": str(path / "heads.json"), "min_seq_len": 0}
+    if shallow:
+        trimix["shallow"] = {"heads": str(path / "heads.json"), "min_seq_len": 0}
     drafts = {"method": "ngram", "num_speculative_tokens": num_speculative_tokens, "prompt_lookup_max": 2}
     return EngineArgs(
         model=str(path),

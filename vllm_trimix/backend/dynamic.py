@@ -16,6 +16,7 @@ from vllm_trimix.backend.prefill import Scales
 from vllm_trimix.kernels.sparse_index import SparseIndex, build_index
 from vllm_trimix.kernels.torch_cpu import PageLayout
 from vllm_trimix.patterns.base import DynamicPattern
+from vllm_trimix.patterns.estimate import MAX_SCORES
 from vllm_trimix.patterns.selection import Chunk, Selection, Tiles, merge
 from vllm_trimix.plan import DynamicSpan
 
@@ -248,7 +249,9 @@ class CudaPages:
 
     @property
     def bytes_per_token(self) -> int:
-        return self.k_cache.shape[3] * self.dtype.itemsize
+        # Of fp8 keys both precisions for a moment.
+        stored = 1 if self.k_cache.element_size() == 1 else 0
+        return self.k_cache.shape[3] * (stored + self.dtype.itemsize)
 
     def gather(self, request: int, num_keys: int, first_head: int, num_heads: int) -> GatheredKeys:
         block_size = self.k_cache.shape[2]
@@ -325,7 +328,7 @@ def _dequantised(x: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype
     if x.element_size() > 1:
         return x
     x = x.to(dtype)
-    return x if scale is None else x * scale.to(dtype)
+    return x if scale is None else x.mul_(scale.to(dtype))
 
 
 @functools.cache
@@ -362,6 +365,16 @@ class KeyCounter:
         whole = tiles.num_tiles * first + tiles.block_size * tiles.num_tiles * (tiles.num_tiles - 1) // 2
         beyond = tiles.num_blocks * tiles.block_size - tiles.position - tiles.num_rows
         self.causal += index.block_count.shape[0] * (whole - beyond)
+
+
+def reserve(out: torch.Tensor) -> None:
+    """Takes what ``prefill`` may hold at once, and gives it back, so that vLLM's profile run leaves room for it.
+
+    Args:
+        out: A layer's output, with as many rows as a step may have: the queries of a step are copied.
+    """
+    limits = MAX_KEY_BYTES + MAX_CHOICE_BYTES + MAX_INDEX_BYTES + 4 * MAX_SCORES
+    torch.empty(limits + out.numel() * out.element_size(), dtype=torch.uint8, device=out.device)
 
 
 def prefill(

@@ -67,6 +67,9 @@ class TrimixImpl(AttentionImpl[Any]):
         self._soft_cap = float(given.get("logits_soft_cap") or 0.0)
         # The Triton kernel compiles at its first launch, which must not be a request's.
         self._cold = self.trimix_kernel == "triton"
+        # Which layers are dynamic is known after vLLM's profile run only; on CPUs there is no such run.
+        may_be_dynamic = self.trimix_dense_reason is None and settings.current().shallow is not None
+        self._reserves = may_be_dynamic and self.trimix_kernel == "triton"
         self._cpu_layouts: tuple[torch_cpu.PageLayout, torch_cpu.PageLayout] | None = None
 
     def trimix_shape(self) -> LayerShape:
@@ -96,6 +99,8 @@ class TrimixImpl(AttentionImpl[Any]):
         elif self.trimix_dynamic is not None:
             step = getattr(attn_metadata, "trimix_dynamic", None)
         if step is None:
+            if attn_metadata is None and self._reserves:
+                dynamic.reserve(output)
             if self._cold and (self.trimix_active or self.trimix_dynamic is not None):
                 self._warm_up(layer, query, kv_cache, attn_metadata, output)
             return super().forward(
