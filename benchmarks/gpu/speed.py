@@ -54,9 +54,12 @@ def breakdown(report: Report) -> None:
         f"--trimix={json.dumps(settings['trimix'])}",
         *settings["arguments"],
     ]
-    result = _benchmark("benchmarks.benchmark_breakdown", report.folder, arguments, "breakdown.json")
+    # A rehearsal doesn't need the machine to itself: rows that are refused for that are rows.
+    statuses = (0, 1) if report.toy else (0,)
+    result = _benchmark("benchmarks.benchmark_breakdown", report.folder, arguments, "breakdown.json", statuses)
     report.figure(breakdown=result)
-    report.check("rows", result["rows"], f"{len(result['rows'])} rows")
+    due = 2 * len(settings["lengths"])
+    report.check("rows", len(result["rows"]) == due, f"{len(result['rows'])} of {due} rows")
 
 
 def ttft(report: Report) -> None:
@@ -228,16 +231,16 @@ def _model(directory: Path, shape: str, positions: int) -> Path:
     return directory
 
 
-def _benchmark(module: str, folder: Path, arguments: list[str], result: str) -> Any:
+def _benchmark(module: str, folder: Path, arguments: list[str], result: str, statuses: tuple[int, ...] = (0,)) -> Any:
     """Runs a benchmark into a folder, its output in the stage's log.
 
     Raises:
-        RuntimeError: It failed.
+        RuntimeError: It ended with another status than ``statuses``.
     """
     command = [sys.executable, "-m", module, f"--output={folder}", *arguments]
     print(" ".join(command), flush=True)
     status = subprocess.run(command, check=False).returncode
-    if status:
+    if status not in statuses:
         raise RuntimeError(f"{module}: exit status {status}, see the stage's log")
     return json.loads((folder / result).read_text())
 

@@ -1,8 +1,9 @@
 """``vllm bench serve``, several clients at a time, for a while: vLLM's own code, imported once for all of them.
 
-    python -m tests.faults.clients PORT MODEL FOLDER SECONDS
+    python -m tests.faults.clients PORT MODEL FOLDER SECONDS FIRST
 
-Writes a line of JSON for each client to FOLDER/results.jsonl: its kind, and what it reports.
+Writes a line of JSON for each client to FOLDER/results.jsonl: its kind, its number, which its prompts follow from
+(FIRST and so on), and what it reports.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ def arguments(port: int, model: str, prompts: Path, name: str, seed: int) -> arg
     )
 
 
-async def run(port: int, model: str, folder: Path, seconds: float) -> None:
+async def run(port: int, model: str, folder: Path, seconds: float, first: int) -> None:
     """Clients one after the other, ``AT_ONCE`` side by side, until the time is up; those that run then finish."""
-    end, numbers = time.monotonic() + seconds, itertools.count()
+    end, numbers = time.monotonic() + seconds, itertools.count(first)
 
     async def one_after_the_other() -> None:
         while time.monotonic() < end:
@@ -75,4 +76,4 @@ async def run(port: int, model: str, folder: Path, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(run(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), float(sys.argv[4])))
+    asyncio.run(run(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5])))

@@ -60,11 +60,14 @@ class Chaos:
     """A client that leaves in mid-answer, and sends what no client should; in a thread, for a bounded time.
 
     Attributes:
+        port: The server's.
+        first: Number of its first turn, which its prompts follow from.
         statuses: HTTP status of each request by what it was; ``left`` where it didn't stay for one.
         unexpected: What should not have happened.
     """
 
     port: int
+    first: int = 0
     statuses: Counter[tuple[str, str]] = field(default_factory=Counter)
     unexpected: list[str] = field(default_factory=list)
 
@@ -72,7 +75,7 @@ class Chaos:
         """Takes its turns until ``stop`` or the end of its time."""
         deadline = time.monotonic() + seconds
         with httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=300) as client:
-            for turn in itertools.count():
+            for turn in itertools.count(self.first):
                 for name, allowed, body, patience in self._requests(turn):
                     if stop.wait(pause) or time.monotonic() > deadline:
                         return
