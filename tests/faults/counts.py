@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import time
 from typing import Any, NamedTuple
@@ -31,6 +32,23 @@ def memory(server: Server) -> int:
         with contextlib.suppress(psutil.Error):
             total += process.memory_info().rss
     return total
+
+
+def growth_over_equal_requests(server: Server, *, warm_up: int = 8, requests: int = 32, length: int = 5000) -> int:
+    """Bytes that the server grows by over requests of one length, one after another, all new.
+
+    Under mixed traffic caches of kernels grow with every new shape, stock vLLM's too, up to their bounds; requests of
+    equal shapes show what a request itself leaves behind.
+    """
+    tokens = random.Random(length)
+    before = 0
+    for number in range(warm_up + requests):
+        if number == warm_up:
+            before = memory(server)
+        prompt = [tokens.randrange(5, 60) for _ in range(length)]
+        response = server.post("/v1/completions", {"prompt": prompt, "max_tokens": 4, "temperature": 0})
+        assert response.status_code == 200, response.text
+    return memory(server) - before
 
 
 def metrics(server: Server) -> dict[str, float]:

@@ -104,7 +104,9 @@ def test_soak(model: Path, tmp_path: Path, tier: Tier) -> None:
         after = counts.wait_idle(server, 120)
         end = counts.rows(server)
         grown = counts.memory(server) - memory
+        left_behind = counts.growth_over_equal_requests(server)
         figures = summary(clients, chaos, start, end, memory, grown, after)
+        figures["growth over 32 equal requests (MiB)"] = round(left_behind / 2**20, 1)
         # Beside `tiers.json`, for reports.
         FIGURES.parent.mkdir(exist_ok=True)
         FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
@@ -123,6 +125,8 @@ def test_soak(model: Path, tmp_path: Path, tier: Tier) -> None:
 
         assert after["vllm:kv_cache_usage_perc"] == 0
         assert grown < 0.1 * memory + 2**27, f"{grown / 2**20:.0f} MiB of {memory / 2**20:.0f} more than before"
+        # The allocator's own ups and downs are 10 MiB; half a MiB a request would be 16.
+        assert left_behind < 16 * 2**20, f"{left_behind / 2**20:.1f} MiB over 32 equal requests"
         assert counts.golden(server, prompts, "after") == before
         assert "Traceback" not in server.log
     assert server.process.returncode in (0, -2, 130), server.log[-2000:]
