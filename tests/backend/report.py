@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -76,7 +77,9 @@ class Child:
     def stop(self) -> None:
         """Ends it, where this process started it."""
         if self._process is not None:
-            self._process.kill()
+            # psutil's Popen refuses to kill what has ended and was waited for.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._process.kill()
             self._process.wait()
 
 
