@@ -5,11 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_RESERVED = ("stage", "status", "seconds", "environment", "settings", "source", "checks", "seen")
+_RESERVED = ("stage", "status", "seconds", "device_seconds", "environment", "settings", "source", "checks", "seen")
+_POLL_SECONDS = 0.05
+
+
+def waiting_file(path: Path) -> Path:
+    """Beside a stage's result: there while the stage waits for the device to itself."""
+    return path.with_suffix(".waiting")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -89,6 +96,30 @@ class Report:
     def seen(self, line: str) -> None:
         """The one line of the summary."""
         self._result["seen"] = line
+        self._save()
+
+    def alone(self) -> None:
+        """Waits until no other stage uses the device: what is timed comes behind this call, what prepares before it.
+
+        Stages that are not declared ``alone`` must not call it.
+        """
+        flag = waiting_file(self._path)
+        flag.touch()
+        while flag.exists():
+            time.sleep(_POLL_SECONDS)
+
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Counts the seconds inside as the device's own: kernels, not imports, engine starts or references."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add_device_seconds(time.monotonic() - started)
+
+    def add_device_seconds(self, seconds: float) -> None:
+        """As ``on_device``, for what another process measured."""
+        self._result["device_seconds"] = round(self._result.get("device_seconds", 0.0) + seconds, 3)
         self._save()
 
     def skip(self, reason: str) -> None:
