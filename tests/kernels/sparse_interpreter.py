@@ -10,14 +10,14 @@ import os
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Any
 
 import torch
 
-from tests.budget import assert_within_budget
-from tests.kernels.triton_interpreter import on_device, strided
+from tests.kernels.answer import Answer, Part
+from tests.kernels.triton_interpreter import on_device, read_pages, strided
 from vllm_trimix.kernels.sparse_index import SparseIndex, build_index
 from vllm_trimix.patterns.selection import EVERYTHING, Selection, Tiles
 
@@ -93,22 +93,58 @@ class _Problem:
     all_read: torch.Tensor
 
 
+class Launch:
+    """A case on a device: its arguments, its launch, and what that must give.
+
+    Attributes:
+        case: The case.
+        arguments: Of ``sparse_prefill``, on the device.
+    """
+
+    def __init__(self, case: SparseCase, device: str = "cpu") -> None:
+        self.case = case
+        self._problem = problem = _build(case)
+        self.arguments: dict[str, Any] = problem.arguments
+        if device != "cpu":
+            problem.all_read = problem.all_read.to(device)
+            index = problem.arguments["index"]
+            moved = SparseIndex(index.tiles, *(None if part is None else part.to(device) for part in index[1:]))
+            read = problem.all_read[:, : problem.arguments["keys_read"].shape[1]]
+            self.arguments = on_device(problem.arguments, device) | {"index": moved, "keys_read": read}
+
+    def fill(self, value: float) -> None:
+        """Overwrites the output."""
+        self.arguments["out"].fill_(value)
+        self._problem.all_read.fill_(-1)
+
+    def run(self) -> None:
+        """Launches; ``outputs`` waits for it."""
+        from vllm_trimix.kernels import triton_sparse
+
+        triton_sparse.sparse_prefill(**self.arguments)
+
+    def outputs(self) -> list[torch.Tensor]:
+        """Copies of all that was written."""
+        return [tensor.to("cpu", copy=True) for tensor in (self.arguments["out"], self._problem.all_read)]
+
+    def answer(self) -> Answer:
+        """The output beside the definition."""
+        return _judge(self.case, self._problem, self.arguments["out"].cpu())
+
+    def reference(self) -> list[torch.Tensor]:
+        """The part's truth in plain PyTorch on the device, from the pages and the table that the kernel reads."""
+        arguments, num_keys = self.arguments, self.case.position + self.case.rows
+        pages = arguments["block_table"][arguments["request"]]
+        keys, values = (read_pages(arguments[name], pages, num_keys) for name in ("k_cache", "v_cache"))
+        there = replace(self._problem, arguments=arguments, keys=keys, values=values)
+        return [_attention(self.case, there, torch.float64).cpu()]
+
+
 def run_case(case: SparseCase, device: str = "cpu") -> None:
     """Runs the kernel on a case and asserts the result; on ``cpu`` call it in the pool."""
-    from vllm_trimix.kernels.triton_sparse import sparse_prefill
-
-    problem = _build(case)
-    arguments = problem.arguments
-    if device != "cpu":
-        all_read = problem.all_read.to(device)
-        index = SparseIndex(
-            arguments["index"].tiles, *(None if part is None else part.to(device) for part in arguments["index"][1:])
-        )
-        read = all_read[:, : arguments["keys_read"].shape[1]]
-        arguments = on_device(arguments, device) | {"index": index, "keys_read": read}
-        problem.all_read = all_read
-    sparse_prefill(**arguments)
-    _check(case, problem, arguments["out"].cpu())
+    launch = Launch(case, device)
+    launch.run()
+    launch.answer().check()
 
 
 def run_idle(case: SparseCase) -> None:
@@ -123,7 +159,7 @@ def run_idle(case: SparseCase) -> None:
     assert arguments["out"].isnan().all()
     assert idle_read.item() == -1
     assert sparse_prefill(**arguments, variant=variant) is variant
-    _check(case, problem, arguments["out"])
+    _judge(case, problem, arguments["out"]).check()
 
 
 def error_of(case: SparseCase, overrides: dict[str, Any], index: dict[str, Any]) -> str:
@@ -295,17 +331,22 @@ def _build(case: SparseCase) -> _Problem:
     return _Problem(arguments, selection, keys, values, all_read)
 
 
-def _check(case: SparseCase, problem: _Problem, out: torch.Tensor) -> None:
+def _judge(case: SparseCase, problem: _Problem, out: torch.Tensor) -> Answer:
     first_head, slab_heads = case.heads
     covered = torch.zeros(out.shape[:2], dtype=torch.bool)
     covered[_GAP : _GAP + case.rows, first_head : first_head + slab_heads] = True
-    assert out[~covered].isnan().all(), "rows or heads outside the call's were written"
     got = out[_GAP : _GAP + case.rows, first_head : first_head + slab_heads]
     truth, plain = (_attention(case, problem, dtype) for dtype in (torch.float64, out.dtype))
-    assert_within_budget(got, truth, plain, what=f"{case.rows} rows at {case.position}")
+    what = f"{case.rows} rows at {case.position}"
+    answer = Answer([Part(what, got, truth, plain, case.position, (("sparse", 0, case.rows),))])
+    if not out[~covered].isnan().all():
+        answer.faults.append("rows or heads outside the call's were written")
     read = problem.all_read.cpu()
-    assert torch.equal(read[:, :-2], problem.arguments["index"].keys_read()), "keys_read"
-    assert (read[:, -2:] == -1).all(), "keys_read beside the tiles was written"
+    if not torch.equal(read[:, :-2], problem.arguments["index"].keys_read()):
+        answer.faults.append("keys_read differs from what the index lists")
+    if not (read[:, -2:] == -1).all():
+        answer.faults.append("keys_read beside the tiles was written")
+    return answer
 
 
 def _attention(case: SparseCase, problem: _Problem, dtype: torch.dtype) -> torch.Tensor:
@@ -325,5 +366,6 @@ def _attention(case: SparseCase, problem: _Problem, dtype: torch.dtype) -> torch
     scores = (q @ keys.transpose(1, 2)) * arguments["scale"]
     if case.soft_cap > 0:
         scores = case.soft_cap * torch.tanh(scores / case.soft_cap)
-    scores = scores.masked_fill(~problem.selection.mask(case.position + case.rows), -math.inf)
+    mask = problem.selection.mask(case.position + case.rows).to(scores.device)
+    scores = scores.masked_fill(~mask, -math.inf)
     return (torch.softmax(scores, dim=-1) @ values).transpose(0, 1)

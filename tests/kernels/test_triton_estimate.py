@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.budget import assert_within_budget, is_within_budget
+from tests.budget import is_within_budget
+from tests.kernels.answer import Answer, Part
 from tests.kernels.definition import MORE_RUNS
-from tests.kernels.triton_interpreter import on_device, strided
+from tests.kernels.triton_interpreter import on_device, read_pages, strided
 
 pytest.importorskip("triton", reason="the kernel needs Triton (Linux)")
 
@@ -83,36 +84,89 @@ def _cases() -> dict[str, EstimateCase]:
 CASES = _cases()
 
 
+class Launch:
+    """A case on a device: its arguments, its launch, and what that must give.
+
+    Attributes:
+        case: The case.
+        arguments: Of ``column_and_slash_sums``, on the device.
+    """
+
+    def __init__(self, case: EstimateCase, device: str = "cpu") -> None:
+        self.case = case
+        self._here, self._keys = _build(case)
+        self.arguments: dict[str, Any] = self._here if device == "cpu" else on_device(self._here, device)
+        self._sums: tuple[torch.Tensor, ...] = ()
+
+    def fill(self, value: float) -> None:
+        """Nothing: the sums are new tensors in each launch."""
+
+    def run(self) -> None:
+        """Launches; ``outputs`` waits for it."""
+        from vllm_trimix.kernels import triton_estimate
+
+        self._sums = triton_estimate.column_and_slash_sums(**self.arguments)
+
+    def outputs(self) -> list[torch.Tensor]:
+        """Copies of the columns and slashes, [heads, num_keys]."""
+        return [sums.to("cpu", copy=True) for sums in self._sums]
+
+    def answer(self) -> Answer:
+        """The sums beside the definition: rows are keys, and distances."""
+        from vllm_trimix.kernels.triton_estimate import pool
+
+        case, arguments = self.case, self._here
+        columns, slashes = self.outputs()
+        keys = self._keys[self._owners()]
+        # What the kernel multiplies in fp32: low-precision inputs, all else exact.
+        truth = _sums(arguments, keys, torch.float64)
+        orders = torch.Generator().manual_seed(0)
+        plain = _sums(arguments, keys, torch.float32)
+        for _ in range(MORE_RUNS):
+            # As in ``definition.compare``: a plain run's largest error is a matter of the order of its sums.
+            if all(map(is_within_budget, (columns, slashes), truth, plain)):
+                break
+            order = torch.randperm(keys.shape[2], generator=orders)
+            other = _sums({**arguments, "q_last": arguments["q_last"][..., order]}, keys[..., order], torch.float32)
+            plain = tuple(
+                max(runs, key=lambda run: (run.double() - exact).abs().max().item())
+                for *runs, exact in zip(plain, other, truth, strict=True)
+            )
+        parts = [
+            Part(name, *(sums.T[:, :, None] for sums in compared), 0, ((name, 0, case.num_keys),))
+            for name, *compared in zip(("columns", "slashes"), (columns, slashes), truth, plain, strict=True)
+        ]
+        answer = Answer(parts)
+        if columns.dtype != torch.float32 or slashes.dtype != torch.float32:
+            answer.faults.append(f"columns are {columns.dtype}, slashes {slashes.dtype}; expected float32")
+        if not torch.allclose(columns.sum(1), torch.full((1,), float(case.num_rows))):
+            answer.faults.append(f"the columns' sums are not {case.num_rows}, the number of rows")
+        blocks = torch.stack([part.sum(1) for part in columns.split(64, dim=1)], dim=1)
+        if not torch.allclose(pool(columns, 64), blocks):
+            answer.faults.append("pooled sums are not the blocks' sums")
+        return answer
+
+    def reference(self) -> list[torch.Tensor]:
+        """The parts' truth in plain PyTorch on the device, from the pages and the table that the kernel reads."""
+        arguments = self.arguments
+        pages = arguments["block_table"][arguments["request"]]
+        keys = read_pages(arguments["k_cache"], pages, self.case.num_keys)[self._owners()]
+        return [sums.cpu().T[:, :, None] for sums in _sums(arguments, keys, torch.float64)]
+
+    def _owners(self) -> torch.Tensor:
+        """KV head of each query head of the call."""
+        first, heads = self.case.heads
+        return torch.arange(first, first + heads) // self.case.group
+
+
 def run_case(case: EstimateCase, device: str = "cpu") -> None:
     """Runs the kernel twice and asserts the result, and that it is the same; on ``cpu`` call it in the pool."""
-    from vllm_trimix.kernels.triton_estimate import column_and_slash_sums, pool
-
-    arguments, keys = _build(case)
-    moved = arguments if device == "cpu" else on_device(arguments, device)
-    first, again = (column_and_slash_sums(**moved) for _ in range(2))
-    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
-    columns, slashes = (sums.cpu() for sums in first)
-    owners = torch.arange(*case.heads[:1], sum(case.heads)) // case.group
-    # What the kernel multiplies in fp32: low-precision inputs, all else exact.
-    truth = _sums(arguments, keys[owners], torch.float64)
-    orders = torch.Generator().manual_seed(0)
-    plain = _sums(arguments, keys[owners], torch.float32)
-    for _ in range(MORE_RUNS):
-        # As in ``definition.compare``: a plain run's largest error is a matter of the order of its sums.
-        if all(map(is_within_budget, (columns, slashes), truth, plain)):
-            break
-        order = torch.randperm(keys.shape[2], generator=orders)
-        other = _sums({**arguments, "q_last": arguments["q_last"][..., order]}, keys[owners][..., order], torch.float32)
-        plain = tuple(
-            max(runs, key=lambda run: (run.double() - exact).abs().max().item())
-            for *runs, exact in zip(plain, other, truth, strict=True)
-        )
-    for name, got, exact, single in zip(("columns", "slashes"), (columns, slashes), truth, plain, strict=True):
-        assert got.dtype == torch.float32
-        assert_within_budget(got, exact, single, what=name)
-    assert torch.allclose(columns.sum(1), torch.full((1,), float(case.num_rows)))
-    blocks = torch.stack([part.sum(1) for part in columns.split(64, dim=1)], dim=1)
-    assert torch.allclose(pool(columns, 64), blocks)
+    launch = Launch(case, device)
+    launch.run()
+    first = launch.outputs()
+    launch.run()
+    assert all(torch.equal(one, other) for one, other in zip(first, launch.outputs(), strict=True)), "two runs differ"
+    launch.answer().check()
 
 
 def error_of(case: EstimateCase, overrides: dict[str, Any]) -> str:
@@ -175,17 +229,17 @@ def _sums(arguments: dict[str, Any], keys: torch.Tensor, dtype: torch.dtype) -> 
     if arguments["k_scale"] is not None:
         k = k * arguments["k_scale"].to(dtype)
     num_rows, num_keys = q.shape[1], k.shape[1]
-    i = torch.arange(num_keys - num_rows, num_keys)[:, None]
-    j = torch.arange(num_keys)[None, :]
+    i = torch.arange(num_keys - num_rows, num_keys, device=q.device)[:, None]
+    j = torch.arange(num_keys, device=q.device)[None, :]
     # One product after the other, as tensor cores add them; by powers of two, whose scale fp32 rounds once for all.
-    scores = torch.zeros(q.shape[0], num_rows, num_keys, dtype=dtype)
+    scores = torch.zeros(q.shape[0], num_rows, num_keys, dtype=dtype, device=q.device)
     for d in range(q.shape[2]):
         scores += q[:, :, d, None] * k[:, None, :, d]
     scale = torch.tensor(arguments["scale"], dtype=dtype) * torch.tensor(math.log2(math.e), dtype=dtype)
     logits = (scores * scale).masked_fill(j > i, -math.inf)
     weights = torch.exp2(logits - logits.amax(-1, keepdim=True))
     weights = weights / weights.sum(-1, keepdim=True)
-    slashes = torch.zeros(q.shape[0], num_keys, dtype=dtype)
+    slashes = torch.zeros(q.shape[0], num_keys, dtype=dtype, device=q.device)
     for row in range(num_rows):
         own = num_keys - num_rows + row
         slashes[:, : own + 1] += weights[:, row, : own + 1].flip(1)

@@ -9,12 +9,14 @@ import mmap
 import os
 import zlib
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from typing import Any
 
 import torch
 
-from tests.budget import assert_within_budget
+from tests.kernels.answer import Answer, Part
+from vllm_trimix.kernels.reference import gather_pages
 from vllm_trimix.plan import Span
 
 # Linux; the name is only in Python 3.13's mmap.
@@ -90,6 +92,7 @@ class _Problem:
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     first_rows: list[int]
+    table_rows: list[int]
     num_slots: int
 
 
@@ -98,27 +101,91 @@ def interpreter_pool() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"), initializer=_use_interpreter)
 
 
+class Launch:
+    """A case on a device: its arguments, its launch, and what that must give.
+
+    Attributes:
+        case: The case.
+        arguments: Of ``triangle_prefill``, on the device.
+        num_slots: Parts that keys were split into, a KV head; 0 where none was.
+    """
+
+    def __init__(self, case: Case, device: str = "cpu") -> None:
+        self.case = case
+        self._problem = _build(case)
+        moved = self._problem.arguments if device == "cpu" else on_device(self._problem.arguments, device)
+        self.arguments: dict[str, Any] = moved
+        self.num_slots = self._problem.num_slots
+
+    def fill(self, value: float) -> None:
+        """Overwrites the output."""
+        self.arguments["out"].fill_(value)
+
+    def run(self) -> None:
+        """Launches; ``outputs`` waits for it."""
+        from vllm_trimix.kernels import triton_triangle
+
+        triton_triangle.triangle_prefill(**self.arguments)
+
+    def outputs(self) -> list[torch.Tensor]:
+        """Copies of all that was written."""
+        return [self.arguments["out"].to("cpu", copy=True)]
+
+    def answer(self) -> Answer:
+        """The output beside the definition."""
+        case, problem = self.case, self._problem
+        out = self.arguments["out"].cpu()
+        covered = torch.zeros(out.shape[0], dtype=torch.bool)
+        parts = []
+        for index, (position, rows) in enumerate(case.spans):
+            span = slice(problem.first_rows[index], problem.first_rows[index] + rows)
+            covered[span] = True
+            truth, plain = (_attention(case, problem, index, dtype) for dtype in (torch.float64, out.dtype))
+            body = case.body(index)
+            dense = "dense, keys split" if problem.num_slots else "dense"
+            kinds = tuple(kind for kind in (("triangle", 0, body), (dense, body, rows)) if kind[1] < kind[2])
+            parts.append(Part(f"{rows} rows at {position}", out[span], truth, plain, position, kinds))
+        outside = not out[~covered].isnan().all()
+        return Answer(parts, ["rows outside the spans were written"] if outside else [])
+
+    def reference(self) -> list[torch.Tensor]:
+        """The parts' truth in plain PyTorch on the device, from the pages and the table that the kernel reads."""
+        problem, arguments = self._problem, self.arguments
+        keys, values = (
+            [
+                read_pages(arguments[name], arguments["block_table"][row], position + rows)
+                for row, (position, rows) in zip(problem.table_rows, self.case.spans, strict=True)
+            ]
+            for name in ("k_cache", "v_cache")
+        )
+        there = replace(problem, arguments=arguments, keys=keys, values=values)
+        return [_attention(self.case, there, index, torch.float64).cpu() for index in range(len(keys))]
+
+
 def run_case(case: Case, device: str = "cpu") -> int:
     """Runs the kernel on a case and asserts the result; on ``cpu`` call it in the pool.
 
     Returns:
         Parts that keys were split into, a KV head; 0 where none was.
     """
-    from vllm_trimix.kernels.triton_triangle import triangle_prefill
+    launch = Launch(case, device)
+    launch.run()
+    launch.answer().check()
+    return launch.num_slots
 
-    problem = _build(case)
-    arguments = problem.arguments if device == "cpu" else on_device(problem.arguments, device)
-    triangle_prefill(**arguments)
-    out = arguments["out"].cpu()
-    covered = torch.zeros(out.shape[0], dtype=torch.bool)
-    for index, (position, rows) in enumerate(case.spans):
-        span = slice(problem.first_rows[index], problem.first_rows[index] + rows)
-        covered[span] = True
-        truth = _attention(case, problem, index, torch.float64)
-        plain = _attention(case, problem, index, out.dtype)
-        assert_within_budget(out[span], truth, plain, what=f"{rows} rows at {position}")
-    assert out[~covered].isnan().all(), "rows outside the spans were written"
-    return problem.num_slots
+
+def read_pages(cache: torch.Tensor, pages: torch.Tensor, num_keys: int) -> torch.Tensor:
+    """Keys or values of one request, [num_kv_heads, num_keys, head_size], fp64; zeros for what was never written.
+
+    Args:
+        cache: [num_blocks, num_kv_heads, block_size, head_size].
+        pages: Its row of the block table.
+        num_keys: Keys from the start of the prompt.
+    """
+    # 8-bit floats can't be gathered everywhere, bytes can.
+    raw = cache.view(torch.uint8) if cache.dtype.itemsize == 1 else cache
+    read = gather_pages(raw, pages, num_keys).contiguous().view(cache.dtype)
+    return read.double().nan_to_num().transpose(0, 1)
 
 
 def error_of(case: Case, overrides: dict) -> str:
@@ -327,7 +394,7 @@ def _build(case: Case) -> _Problem:
         "v_scale": scale(1.5, cache_dtype),
         "soft_cap": case.soft_cap,
     }
-    return _Problem(arguments, all_keys, all_values, first_rows, work.num_slots)
+    return _Problem(arguments, all_keys, all_values, first_rows, table_rows, work.num_slots)
 
 
 def on_device(arguments: dict, device: str) -> dict:
@@ -364,5 +431,5 @@ def _attention(case: Case, problem: _Problem, index: int, dtype: torch.dtype) ->
     scores = (q @ keys.transpose(1, 2)) * arguments["scale"]
     if case.soft_cap > 0:
         scores = case.soft_cap * torch.tanh(scores / case.soft_cap)
-    scores = scores.masked_fill(~_visible(case, index), -math.inf)
+    scores = scores.masked_fill(~_visible(case, index).to(scores.device), -math.inf)
     return (torch.softmax(scores, dim=-1) @ values).transpose(0, 1)
