@@ -172,7 +172,7 @@ def _served(report: Report) -> list[dict[str, Any]]:
         return []
     folder = _shared_folder(report, kv)
     arguments = [
-        f"--model={_model(folder / 'model', settings['shape'], kv_tokens + _KV_SLACK)}",
+        f"--model={bench_model(folder / 'model', settings['shape'], kv_tokens + _KV_SLACK)}",
         f"--lengths={_list(lengths)}",
         f"--concurrency={_list(settings['concurrency'])}",
         f"--repeats={settings['repeats']}",
@@ -216,8 +216,8 @@ def _shared_folder(report: Report, kv: int) -> Path:
     return folder
 
 
-def _model(directory: Path, shape: str, positions: int) -> Path:
-    """The shape, with as many positions as the stage asks for; a circuit model has its own."""
+def bench_model(directory: Path, shape: str, positions: int) -> Path:
+    """Writes the shape, with as many positions as the stage asks for; a circuit model has its own."""
     if shape == "circuit":
         from vllm_trimix.demo.circuit import make_demo_model
 

@@ -101,43 +101,78 @@ class _Runner:
         self._outputs = []
 
 
-def measure(problem: Problem, contenders: Mapping[str, Contender], *, repeats: int) -> dict[str, Result]:
-    """Times the contenders, A B C A B C; each is checked before its first timed round and after its last."""
-    results = {name: Result() for name in contenders}
-    references: dict[tuple[Mask, bool], Reference] = {}
-    runners: dict[str, _Runner] = {}
+class Measurement:
+    """Contenders on one prompt: made ready first, timed after, so that others may use the device until then.
 
-    def attempt(name: str, step: Callable[[], object]) -> None:
+    Attributes:
+        results: By contender, complete after the last round.
+    """
+
+    def __init__(self, problem: Problem, contenders: Mapping[str, Contender]) -> None:
+        """Takes them; nothing runs yet."""
+        self.results = {name: Result() for name in contenders}
+        self._problem, self._contenders = problem, contenders
+        self._references: dict[tuple[Mask, bool], Reference] = {}
+        self._runners: dict[str, _Runner] = {}
+
+    def prepare(self, step: Callable[[str], object] = lambda name: None) -> None:
+        """Compiles, warms up and checks each; what is wrong or fails takes no part in the rounds.
+
+        Args:
+            step: Called with a contender's name before its turn.
+        """
+        with torch.no_grad():
+            for name, contender in self._contenders.items():
+                step(name)
+                self._attempt(name, lambda name=name, contender=contender: self._enter(name, contender))
+
+    def round(self, *, last: bool, step: Callable[[str], object] = lambda name: None) -> None:
+        """One sample of each that still takes part.
+
+        Args:
+            last: Whether to check the outputs again.
+            step: As for ``prepare``.
+        """
+        with torch.no_grad():
+            for name, runner in list(self._runners.items()):
+                step(name)
+                self._attempt(name, lambda runner=runner: runner.round(last=last))
+
+    def _attempt(self, name: str, call: Callable[[], object]) -> None:
         # Whatever a contender raises, the others go on and the report says why this one has no time.
         try:
-            step()
+            call()
         except Exception as error:
-            results[name].withdraw("failed", one_line(error))
-        if results[name].status != "ok":
-            runners.pop(name, None)
+            self.results[name].withdraw("failed", one_line(error))
+        if self.results[name].status != "ok":
+            self._runners.pop(name, None)
 
-    def enter(name: str, contender: Contender) -> None:
-        result, fp8 = results[name], contender.fp8_products and problem.settings.fp8
-        key = mask, _ = contender.mask(problem), fp8
-        if key not in references:
-            references[key] = make_reference(problem, mask, fp8_products=fp8)
-        result.budget = references[key].budget
-        runner = runners[name] = _Runner(contender.prepare(problem), references[key], result, problem.q.device)
+    def _enter(self, name: str, contender: Contender) -> None:
+        problem, result = self._problem, self.results[name]
+        key = mask, fp8 = contender.mask(problem), contender.fp8_products and problem.settings.fp8
+        if key not in self._references:
+            self._references[key] = make_reference(problem, mask, fp8_products=fp8)
+        result.budget = self._references[key].budget
+        runner = _Runner(contender.prepare(problem), self._references[key], result, problem.q.device)
+        self._runners[name] = runner
         problem.out.fill_(torch.nan)
         runner.warm_up()
 
-    bar = tqdm(total=len(contenders) * (1 + repeats), unit="run", desc=f"{problem.length} tokens", leave=False)
-    with bar, torch.no_grad():
-        for name, contender in contenders.items():
+
+def measure(problem: Problem, contenders: Mapping[str, Contender], *, repeats: int) -> dict[str, Result]:
+    """Times the contenders, A B C A B C; each is checked before its first timed round and after its last."""
+    measurement = Measurement(problem, contenders)
+    total = len(contenders) * (1 + repeats)
+    with tqdm(total=total, unit="run", desc=f"{problem.length} tokens", leave=False) as bar:
+
+        def step(name: str) -> None:
             bar.set_postfix_str(name)
-            attempt(name, lambda name=name, contender=contender: enter(name, contender))
             bar.update()
+
+        measurement.prepare(step)
         for repeat in range(repeats):
-            for name, runner in list(runners.items()):
-                bar.set_postfix_str(name)
-                attempt(name, lambda runner=runner, last=repeat == repeats - 1: runner.round(last=last))
-                bar.update()
-    return results
+            measurement.round(last=repeat == repeats - 1, step=step)
+    return measurement.results
 
 
 def one_line(error: Exception) -> str:
