@@ -18,7 +18,7 @@ _PUBLISHED = {"n_init": Triangle.n_init, "n_local": Triangle.n_local, "last_n": 
 
 
 def circuit(report: Report) -> None:
-    """One and two hops, triangle and opted out, with the lookup layer dense and then sparse."""
+    """One and two hops, triangle and opted out, with the lookup layer dense or sparse, or one after the other."""
     model = report.folder / "model"
     make_demo_model(model, _SPEC)
     tokenizer = build_tokenizer(vocabulary())
@@ -41,7 +41,8 @@ def circuit(report: Report) -> None:
         "enforce_eager": not report.settings["graphs"],
     }
     wrong: list[str] = []
-    for starting_layer in (_SPEC.lookup_layer + 1, _SPEC.lookup_layer):
+    starts = {"dense": _SPEC.lookup_layer + 1, "sparse": _SPEC.lookup_layer}
+    for starting_layer in (starts[lookup] for lookup in report.settings["lookups"]):
         trimix = {**_PUBLISHED, "starting_layer": starting_layer}
         result = run(report, f"from_layer_{starting_layer}", model, [wave], engine=engine, trimix=trimix)
         said = [tokenizer.decode(answer["tokens"]).split()[:1] for answer in result.waves[0]]

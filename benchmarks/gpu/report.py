@@ -19,6 +19,11 @@ def waiting_file(path: Path) -> Path:
     return path.with_suffix(".waiting")
 
 
+def granted_file(path: Path) -> Path:
+    """Beside a stage's result: for how many seconds it has the device to itself."""
+    return path.with_suffix(".granted")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file aside and renames it: a reader, or a later run, never sees half of it."""
     part = path.with_name(path.name + ".part")
@@ -98,15 +103,19 @@ class Report:
         self._result["seen"] = line
         self._save()
 
-    def alone(self) -> None:
+    def alone(self) -> float:
         """Waits until no other stage uses the device: what is timed comes behind this call, what prepares before it.
 
-        Stages that are not declared ``alone`` must not call it.
+        Only stages whose ``use`` is ``prepared`` may call it, once.
+
+        Returns:
+            Seconds until the stage is ended.
         """
         flag = waiting_file(self._path)
         flag.touch()
         while flag.exists():
             time.sleep(_POLL_SECONDS)
+        return float(granted_file(self._path).read_text())
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:

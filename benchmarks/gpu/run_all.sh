@@ -11,18 +11,26 @@
 # what vLLM must find of this checkout is written to a folder of its own under ${TMPDIR:-/tmp} and named in PYTHONPATH.
 set -euo pipefail
 
-die() { printf 'run_all.sh: error: %s\n' "$*" >&2; exit 2; }
+script=run_all.sh
+die() { printf '%s: error: %s\n' "$script" "$*" >&2; exit 2; }
 
+started=${EPOCHREALTIME/,/.}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 archive=
 arguments=()
 while [ $# -gt 0 ]; do
     case $1 in
+    # Said by first.sh and second.sh.
+    --run) script=$2.sh; arguments+=(--run "$2"); shift ;;
     --archive) [ $# -gt 1 ] || die "--archive needs a folder"; archive=$2; shift ;;
     --archive=*) archive=${1#*=} ;;
     # The stages run in the checkout; the folder is meant from here.
     --output) [ $# -gt 1 ] || die "--output needs a folder"; arguments+=(--output "$(realpath -m -- "$2")"); shift ;;
     --output=*) arguments+=(--output "$(realpath -m -- "${1#*=}")") ;;
+    --bundle) [ $# -gt 1 ] || die "--bundle needs a folder"; arguments+=(--bundle "$(realpath -m -- "$2")"); shift ;;
+    --bundle=*) arguments+=(--bundle "$(realpath -m -- "${1#*=}")") ;;
+    --resume) [ $# -gt 1 ] || die "--resume needs a file"; arguments+=(--resume "$(realpath -m -- "$2")"); shift ;;
+    --resume=*) arguments+=(--resume "$(realpath -m -- "${1#*=}")") ;;
     *) arguments+=("$1") ;;
     esac
     shift
@@ -68,6 +76,10 @@ printf 'Metadata-Version: 2.1\nName: vllm-trimix\nVersion: %s\n' "$version" >"$i
 printf '[vllm.general_plugins]\ntrimix = vllm_trimix.plugin:register\n' >"$info/entry_points.txt"
 export PYTHONPATH="$path:$scratch/entry${PYTHONPATH:+:$PYTHONPATH}"
 export VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1
+# A machine without a network may know no name of its own; everything here talks to itself.
+export VLLM_HOST_IP=${VLLM_HOST_IP:-127.0.0.1} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
+export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}
 
 cd "$root"
-exec "$python" -m benchmarks.gpu.stages ${arguments[@]+"${arguments[@]}"}
+elapsed=$("$python" -c 'import sys, time; print(time.time() - float(sys.argv[1]))' "$started")
+exec "$python" -m benchmarks.gpu.programs --elapsed "$elapsed" ${arguments[@]+"${arguments[@]}"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 from benchmarks.gpu.engine import engine_arguments, run
 from benchmarks.gpu.report import Report
@@ -20,12 +21,16 @@ _SPAWNED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 def smoke(report: Report) -> None:
     """``vllm-trimix doctor``, then the same prompts for stock and TRIMIX."""
-    _doctor(report)
     model = save_small_model(report.folder / "model")
     wave = both_ways(prompts([20, 300, 500]), max_tokens=8)
     engine = {**engine_arguments(report, "bfloat16"), "max_num_batched_tokens": 1024}
-    stock = run(report, "stock", model, [wave], engine=engine, stock=True, env=_SPAWNED)
-    mine = run(report, "trimix", model, [wave], engine=engine, env=_SPAWNED, stdout_rows=True)
+    # Most of it is starting: they start side by side.
+    with ThreadPoolExecutor() as pool:
+        doctor = pool.submit(_doctor)
+        stock_run = pool.submit(run, report, "stock", model, [wave], engine=engine, stock=True, env=_SPAWNED)
+        mine = run(report, "trimix", model, [wave], engine=engine, env=_SPAWNED, stdout_rows=True)
+        stock = stock_run.result()
+    _check_doctor(report, doctor.result())
     start = re.search(r"TRIMIX: layers=.*", mine.log)
     report.check("start-up line", start is not None, start[0] if start else "there is none")
     report.check("stock is stock", "TRIMIX" not in stock.log, _backend(stock.log, report))
@@ -38,8 +43,11 @@ def smoke(report: Report) -> None:
     report.seen(f"stock: {_backend(stock.log, report)}; {start[0] if start else ''}")
 
 
-def _doctor(report: Report) -> None:
-    found = subprocess.run([sys.executable, "-c", _DOCTOR], capture_output=True, text=True, check=False)
+def _doctor() -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", _DOCTOR], capture_output=True, text=True, check=False)
+
+
+def _check_doctor(report: Report, found: subprocess.CompletedProcess[str]) -> None:
     lines = [line for line in found.stdout.splitlines() if line.startswith(("ok", "FAILED"))]
     for line in lines:
         mark, name, text = line.split(None, 2)

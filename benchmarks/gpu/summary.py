@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from benchmarks.gpu.report import load, write_atomically
-
-if TYPE_CHECKING:
-    from benchmarks.gpu.runner import Stage
+from benchmarks.gpu.report import load
+from benchmarks.gpu.stage import Stage
 
 _MOST_LETTERS = 240
 
 
-def write_summary(output: Path, stages: Sequence[Stage], environment: dict[str, Any], *, left: Sequence[str]) -> None:
-    """Writes ``summary.md`` from the result files, those of earlier runs included.
+def summary(output: Path, stages: Sequence[Stage], environment: dict[str, Any], *, left: Sequence[str]) -> str:
+    """The table, in Markdown, from the result files, those of earlier runs included.
 
     Args:
         output: Folder of the result files.
@@ -23,18 +21,19 @@ def write_summary(output: Path, stages: Sequence[Stage], environment: dict[str, 
         environment: Of this run.
         left: Stages that the budget left no time for.
     """
-    lines = [_machine(environment), "", "| stage | status | seconds | seen |", "|---|---|---|---|"]
+    lines = [_machine(environment), "", "| stage | status | seconds | on the device | seen |", "|---|---|---|---|---|"]
     for stage in stages:
         result = load(output / f"{stage.name}.json")
         if result is None:
-            lines.append(f"| {stage.name} | {'left' if stage.name in left else 'not run'} | | {stage.summary} |")
+            lines.append(f"| {stage.name} | {'left' if stage.name in left else 'not run'} | | | {stage.summary} |")
             continue
         same = result["environment"].get("commit") == environment.get("commit")
         seen = " ".join(result["seen"].split()).replace("|", "\\|")
         seen = seen if len(seen) <= _MOST_LETTERS else seen[: _MOST_LETTERS - 3] + "..."
         note = "" if same else f" (commit {result['environment'].get('commit')})"
-        lines.append(f"| {stage.name} | {result['status']} | {result['seconds']:.0f} | {seen}{note} |")
-    write_atomically(output / "summary.md", "\n".join(lines) + "\n")
+        device = f"{result['device_seconds']:.1f}" if "device_seconds" in result else ""
+        lines.append(f"| {stage.name} | {result['status']} | {result['seconds']:.0f} | {device} | {seen}{note} |")
+    return "\n".join(lines) + "\n"
 
 
 def _machine(environment: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,7 +17,7 @@ import psutil
 import pytest
 
 from benchmarks.gpu.report import save
-from benchmarks.gpu.runner import source_digest
+from benchmarks.gpu.schedule import source_digest
 
 ROOT = Path(__file__).parents[2]
 RUN_ALL = ROOT / "benchmarks" / "gpu" / "run_all.sh"
@@ -24,7 +25,8 @@ RUN_ALL = ROOT / "benchmarks" / "gpu" / "run_all.sh"
 TRIVIAL = """
 import json, os, subprocess, sys, time
 from pathlib import Path
-from benchmarks.gpu.runner import Stage, main
+from benchmarks.gpu.runner import main
+from benchmarks.gpu.stage import Program, Stage
 
 def good(report):
     with open(report.folder.parent / "ran", "a") as file:
@@ -57,14 +59,41 @@ def hangs(report):
             subprocess.run([sys.executable, str(here / "middle.py"), str(here / server)], stdout=file, check=True)
     time.sleep(600)
 
+def mark(report, what):
+    with open(report.folder.parent / "marks", "a") as file:
+        file.write(f"{report.folder.name} {what} {time.monotonic()}\\n")
+
+def beside(report):
+    mark(report, "starts")
+    time.sleep(float(os.environ.get("BESIDE_SECONDS", 1)))
+    report.check("done", True)
+    mark(report, "ends")
+
+def prepared(report):
+    mark(report, "prepares")
+    time.sleep(float(os.environ.get("PREPARE_SECONDS", 0.2)))
+    report.check("prepared", True)
+    report.figure(granted=report.alone())
+    mark(report, "starts")
+    with report.on_device():
+        time.sleep(float(os.environ.get("ALONE_SECONDS", 0.5)))
+    report.check("measured", True)
+    mark(report, "ends")
+
+def make(name):
+    # b1, b2: beside; p1, p2: prepared; others alone.
+    kind = {"b": "beside", "p": "prepared"}.get(name[0]) if name[1:].isdigit() else None
+    uses = {} if kind is None else {"use": kind, "limit": float(os.environ.get("LIMIT", 60)), "prepare": 6.0}
+    return Stage(name, f"trivial:{kind or name}", 5, f"about {name}", {"n": 1}, {"n": 2}, **uses)
+
 NAMES = os.environ["TRIVIAL"].split(",")
-STAGES = [Stage(n, f"trivial:{n}", 5, f"about {n}", {"n": 1}, {"n": 2}) for n in NAMES]
+PROGRAMS = {"all": Program("run_all.sh", [make(name) for name in NAMES], None, "all")}
 
 def probe(toy):
     return {"device": os.environ.get("TRIVIAL_DEVICE", "cuda"), "date": "today", "commit": "c", "versions": {"v": "1"}}
 
 if __name__ == "__main__":
-    sys.exit(main(STAGES, probe))
+    sys.exit(main(PROGRAMS, probe))
 """
 
 
@@ -99,7 +128,7 @@ class Trivial:
             (folder / f"{name}.py").write_text(text)
         self.folder, self.output = folder, folder / "out"
 
-    def start(self, stages: str, *arguments: str, device: str = "cuda") -> subprocess.Popen[str]:
+    def start(self, stages: str, *arguments: str, device: str = "cuda", **env: str) -> subprocess.Popen[str]:
         path = os.pathsep.join([str(self.folder), str(ROOT)])
         # A child inherits what nohup or a shell's background job ignores.
         signals = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
@@ -107,7 +136,7 @@ class Trivial:
         try:
             return subprocess.Popen(
                 [sys.executable, str(self.folder / "trivial.py"), f"--output={self.output}", *arguments],
-                env={**os.environ, "PYTHONPATH": path, "TRIVIAL": stages, "TRIVIAL_DEVICE": device},
+                env={**os.environ, "PYTHONPATH": path, "TRIVIAL": stages, "TRIVIAL_DEVICE": device} | env,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -117,8 +146,8 @@ class Trivial:
             for number, handler in zip(signals, before, strict=True):
                 signal.signal(number, handler)
 
-    def run(self, stages: str, *arguments: str, device: str = "cuda") -> tuple[int, str]:
-        process = self.start(stages, *arguments, device=device)
+    def run(self, stages: str, *arguments: str, device: str = "cuda", **env: str) -> tuple[int, str]:
+        process = self.start(stages, *arguments, device=device, **env)
         out, _ = process.communicate(timeout=120)
         return process.returncode, out
 
@@ -127,6 +156,11 @@ class Trivial:
 
     def ran(self) -> Counter[str]:
         return Counter((self.output / "ran").read_text().split())
+
+    def marks(self) -> dict[tuple[str, str], float]:
+        """When each stage prepared, started and ended, by name and word."""
+        lines = [line.split() for line in (self.output / "marks").read_text().splitlines()]
+        return {(name, what): float(when) for name, what, when in lines}
 
     def servers(self) -> list[int]:
         """Process ids of the servers of ``hangs``, once they are there."""
@@ -260,3 +294,101 @@ def test_any_changed_source_counts(tmp_path: Path) -> None:
         path.write_text(text)
         digests.append(source_digest(tmp_path))
     assert len(set(digests)) == 4
+
+
+def test_stages_run_side_by_side_where_they_may(trivial: Trivial) -> None:
+    status, out = trivial.run("b1,b2,good", "--jobs=2")
+    assert status == 0, out
+    at = trivial.marks()
+    assert max(at["b1", "starts"], at["b2", "starts"]) < min(at["b1", "ends"], at["b2", "ends"])
+    # What must be alone starts when both have ended.
+    assert out.index("good: started") > max(out.index("b1: passed"), out.index("b2: passed"))
+    trivial.run("b1,b2", "--jobs=1", "--toy")
+    at = trivial.marks()
+    assert at["b2", "starts"] > at["b1", "ends"]
+
+
+def test_a_prepared_stage_has_the_device_to_itself(trivial: Trivial) -> None:
+    status, out = trivial.run("p1,b1,p2", "--jobs=3", BESIDE_SECONDS="3")
+    assert status == 0, out
+    at = trivial.marks()
+    assert max(at["p1", "prepares"], at["p2", "prepares"]) < at["b1", "ends"]
+    order = [at["b1", "ends"], at["p1", "starts"], at["p1", "ends"], at["p2", "starts"]]
+    assert order == sorted(order)
+    first, second = trivial.result("p1"), trivial.result("p2")
+    assert first["granted"] == 60
+    assert first["device_seconds"] == pytest.approx(0.5, abs=0.3)
+    # Waiting for the others is not its time.
+    assert second["waited_seconds"] > 0.5
+    assert second["seconds"] < at["p2", "ends"] - at["p2", "prepares"]
+
+
+def test_a_prepared_stage_is_ended_in_either_phase(trivial: Trivial) -> None:
+    status, _ = trivial.run("p1", PREPARE_SECONDS="60")
+    assert (status, trivial.result("p1")["status"]) == (1, "timeout")
+    assert "ended after 6 s" in trivial.result("p1")["seen"]
+    status, _ = trivial.run("p1,b1", ALONE_SECONDS="60", LIMIT="5", BESIDE_SECONDS="4")
+    assert trivial.result("p1")["status"] == "timeout"
+    assert "ended after 5 s; 1 checks had passed" in trivial.result("p1")["seen"]
+    assert trivial.result("b1")["status"] == "passed"
+
+
+def test_time_is_kept_for_what_is_prepared(trivial: Trivial) -> None:
+    # Of 14 seconds 5 are the prepared stage's: the others are ended before, and the last of them isn't begun.
+    status, out = trivial.run("b1,p1,b2", "--jobs=2", "--budget=20", "--elapsed=6", BESIDE_SECONDS="60")
+    assert status == 1, out
+    assert trivial.result("b1")["status"] == "timeout"
+    assert trivial.result("p1")["status"] == "passed"
+    assert "b2: left, it needs 5 s of " in out
+    assert "left: b2" in out
+
+
+def test_a_prepared_stage_without_time_is_left(trivial: Trivial) -> None:
+    status, out = trivial.run("p1,p2", "--jobs=2", "--budget=12", ALONE_SECONDS="60")
+    assert (status, trivial.result("p1")["status"]) == (1, "timeout")
+    assert "p2: left, " in out
+    assert "are left for measuring" in out
+    assert "| p2 | left |" in (trivial.output / "summary.md").read_text()
+
+
+def test_what_is_taken_home_is_renewed_after_each_stage(trivial: Trivial, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    process = trivial.start("good,hangs", f"--bundle={home}")
+    trivial.servers()
+    assert json.loads((home / "results.json").read_text())["stages"]["good"]["status"] == "passed"
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert sorted(path.name for path in home.iterdir()) == ["logs.tar.gz", "results.json", "summary.md"]
+    found = json.loads((home / "results.json").read_text())
+    assert found["stages"]["hangs"]["seen"] == "interrupted"
+    assert "| hangs | failed |" in (home / "summary.md").read_text()
+    with tarfile.open(home / "logs.tar.gz") as logs:
+        assert {"good.log", "hangs.log"} <= set(logs.getnames())
+
+
+def test_what_was_taken_home_counts_on_the_next_machine(trivial: Trivial, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    trivial.run("good,bad", f"--bundle={home}")
+    (trivial.output / "good.json").unlink()
+    trivial.run("good,bad", f"--resume={home / 'results.json'}")
+    assert trivial.ran() == {"good": 1, "bad": 2}
+    for text in ("", "[]", '{"stages": [1]}', '{"stages": {"good": 1}}'):
+        (home / "results.json").write_text(text)
+        status, out = trivial.run("good", f"--resume={home / 'results.json'}")
+        assert status == 2
+        assert out.startswith(f"run_all.sh: error: --resume: {home / 'results.json'} is not a bundle's results.json")
+
+
+def test_a_long_log_keeps_its_ends(tmp_path: Path) -> None:
+    from benchmarks.gpu.bundle import _MOST_LOG_BYTES, _ends
+
+    log = tmp_path / "a.log"
+    log.write_bytes(b"first " + bytes(_MOST_LOG_BYTES) + b" last")
+    kept = _ends(log)
+    assert kept.startswith(b"first ")
+    assert kept.endswith(b" last")
+    assert b"[11 bytes left out]" in kept
+
+
+def test_bad_numbers_of_jobs_are_refused(trivial: Trivial) -> None:
+    assert trivial.run("good", "--jobs=0")[1] == "run_all.sh: error: --jobs: 0 is below 1, one stage at a time\n"

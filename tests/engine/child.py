@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 
 
 def totals(worker: object = None) -> list[dict[str, int]]:
@@ -113,7 +114,7 @@ def main() -> None:
     scheduled = record_schedule()
     llm = LLM(**engine)
     spans = record_dynamic_spans()
-    waves, ledgers, served = [], [], 0
+    waves, ledgers, served, generating = [], [], 0, 0.0
     for wave in job["waves"]:
         params = [
             SamplingParams(
@@ -127,7 +128,9 @@ def main() -> None:
             )
             for request in wave
         ]
+        started = time.monotonic()
         outputs = llm.generate([{"prompt_token_ids": request["prompt"]} for request in wave], params, use_tqdm=False)
+        generating += time.monotonic() - started
         waves.append(
             [
                 {
@@ -150,7 +153,8 @@ def main() -> None:
         scheduled.clear()
     refusals = [refused(llm, extra_args) for extra_args in job.get("bad_extra_args", [])]
     with open(sys.argv[1], "w") as file:
-        json.dump({"waves": waves, "ledgers": ledgers, "refusals": refusals, "spans": spans}, file)
+        found = {"waves": waves, "ledgers": ledgers, "refusals": refusals, "spans": spans}
+        json.dump({**found, "generate_seconds": generating}, file)
 
 
 if __name__ == "__main__":

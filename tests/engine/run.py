@@ -41,6 +41,7 @@ class Result:
         rows: Query rows by class, over the whole run.
         metrics: vLLM's own counters.
         ledgers: What each wave cost.
+        generate_seconds: In ``LLM.generate``, all waves together.
         log: Everything the engine printed.
         refusals: What the engine said to each of the ``bad_extra_args``.
         spans: Chunks of dynamic patterns, in order, by prompt length: position, sparse rows, keys.
@@ -53,6 +54,7 @@ class Result:
     refusals: list[str]
     spans: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)
     ledgers: list[Ledger] = field(default_factory=list)
+    generate_seconds: float = 0.0
 
 
 def run_job(
@@ -110,7 +112,8 @@ def run_job(
     if stdout_rows:
         for line in logged_rows(log):
             rows.update(line)
-    return Result(result["waves"], rows, metrics, log, result["refusals"], spans, ledgers)
+    seconds = result["generate_seconds"]
+    return Result(result["waves"], rows, metrics, log, result["refusals"], spans, ledgers, seconds)
 
 
 def _ledgers(found: list[dict[str, Any]]) -> list[Ledger]:
