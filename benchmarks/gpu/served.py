@@ -109,6 +109,7 @@ class _Stage:
         self._results = Results()
         self._facts: dict[str, Any] = {}
         self._checked: set[tuple[str, str, int]] = set()
+        self._cut_short: list[str] = []
         self._seed = 0
 
     def start(self) -> None:
@@ -151,12 +152,12 @@ class _Stage:
             rounds += [self._round(name, length, modes, most) for length in settings["lengths_of_other_chunks"]]
         if STOCK in self._engines:
             cost = 2 * self._cost(stock_length)
-            rounds.append(Round("stock", self._guarded(self._beside_stock), cost, settings["stock_rounds"]))
+            rounds.append(self._named("stock", self._beside_stock, cost, settings["stock_rounds"]))
             cost = 2 * decode["repeats"] * (self._cost(decode["prompts"] * decode["length"]) + 1)
-            rounds.append(Round("decode", self._guarded(self._decode), cost))
-        rounds.append(Round("profile", self._guarded(self._profile), 4 * self._cost(profile["length"])))
+            rounds.append(self._named("decode", self._decode, cost))
+        rounds.append(self._named("profile", self._profile, 4 * self._cost(profile["length"])))
         cost = 2 * repeats * sum(self._cost(length) + 0.02 for length in short)
-        rounds.append(Round("short", self._guarded(self._short), cost))
+        rounds.append(self._named("short", self._short, cost))
         return rounds
 
     def _round(self, name: str, length: int, modes: list[str], most: int) -> Round:
@@ -164,14 +165,17 @@ class _Stage:
             for mode in modes if number % 2 == 0 else modes[::-1]:
                 self._sample(name, mode, length, number)
 
-        return Round(f"{name} {words(length)}", self._guarded(run), len(modes) * self._cost(length), most)
+        return self._named(f"{name} {words(length)}", run, len(modes) * self._cost(length), most)
+
+    def _named(self, name: str, run: Callable[[int], None], seconds: float, most: int = 1) -> Round:
+        return Round(name, self._guarded(name, run), seconds, most)
 
     def _cost(self, length: int) -> float:
         """Seconds that a prompt is expected to take: so much a token, and so much for each pair of tokens."""
         linear, quadratic = self._settings["cost"]
         return linear * length + quadratic * length**2
 
-    def _guarded(self, run: Callable[[int], None]) -> Callable[[int], bool]:
+    def _guarded(self, name: str, run: Callable[[int], None]) -> Callable[[int], bool]:
         """A round that ends with the engine it needs, and is concluded."""
 
         def guarded(number: int) -> bool:
@@ -179,6 +183,8 @@ class _Stage:
                 run(number)
             except EngineLost as error:
                 self._lose(error)
+                self._cut_short.append(name)
+                self._report.figure(rounds_cut_short=self._cut_short)
                 return False
             finally:
                 self._conclude()
@@ -187,9 +193,10 @@ class _Stage:
         return guarded
 
     def _lose(self, error: EngineLost) -> None:
-        """Goes on without an engine."""
+        """Goes on without an engine, and says so once."""
+        if self._engines.pop(error.name, None) is None:
+            return
         self._report.check(f"{error.name} answers", False, str(error))
-        self._engines.pop(error.name, None)
         self._names = [name for name in self._names if name != error.name]
 
     def _generate(self, name: str, mode: str | None, length: int, **more: Any) -> dict[str, Any]:
