@@ -16,7 +16,7 @@ from vllm_trimix.backend.dynamic import KeyCounter, LayerPatterns
 from vllm_trimix.backend.prefill import TrianglePrefill, TritonPrefill
 from vllm_trimix.backend.pseudo_requests import PseudoRequests, pseudo_requests
 from vllm_trimix.backend.upload import upload
-from vllm_trimix.plan import DynamicPlan, DynamicSpan, Plan, Span, build_dynamic_plan, build_plan
+from vllm_trimix.plan import DECODE, DynamicPlan, DynamicSpan, Plan, Span, build_dynamic_plan, build_plan
 
 logger = init_logger("vllm.vllm_trimix")
 
@@ -100,6 +100,7 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
         speculative = vllm_config.speculative_config
         self._decode_query_len = 1 + (getattr(speculative, "num_speculative_tokens", None) or 0)
         self._prefill = self._make_prefill(device)
+        self._max_tail_rows = 0 if self._prefill is None else self._prefill.max_tail_rows
 
     def _make_prefill(self, device: torch.device) -> TrianglePrefill | None:
         if self.trimix_kernel == "torch_cpu" or not self._active:
@@ -185,8 +186,7 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
         metadata.trimix_block_table = common_attn_metadata.block_table_tensor
         step = requests.current()
         if step is not None and not self._wrapped:
-            rows = self._rows(step, common_attn_metadata)
-            plan, dynamic = self._plan(rows), self._dynamic_plan(rows)
+            plan, dynamic = self._plans(step, common_attn_metadata)
             if not step.planned:
                 self._count(step, plan, dynamic)
             if (plan.triangle or plan.tails) and self._active:
@@ -200,10 +200,30 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
         with requests.outside_step():
             return super().build_for_drafting(common_attn_metadata, draft_index)
 
-    def _rows(self, step: requests.Step, common: CommonAttentionMetadata) -> dict[str, Any]:
+    def _plans(self, step: requests.Step, common: CommonAttentionMetadata) -> tuple[Plan, DynamicPlan | None]:
+        """The step's plans, made once for all KV-cache groups; requests are not looked at one by one if all decode."""
+        reason = self._step_reason(common)
+        key = (reason, self._max_tail_rows, common.num_reqs, common.num_actual_tokens)
+        if key not in step.plans:
+            step.plans[key] = self._decode_plans(common) or self._make_plans(self._rows(step, common, reason))
+        return step.plans[key]
+
+    def _decode_plans(self, common: CommonAttentionMetadata) -> tuple[Plan, DynamicPlan | None] | None:
+        """The plans of a step none of whose requests is in its prompt, by vLLM's own word; None if one may be."""
+        prefilling = common.is_prefilling
+        if self._ubatching or prefilling is None or prefilling.device.type != "cpu" or bool(prefilling.any()):
+            return None
+        num_rows = int(common.query_start_loc_cpu[common.num_reqs])
+        rows = {DECODE: num_rows} if num_rows else {}
+        return Plan(rows=rows), None if self.resolved.shallow is None else DynamicPlan(rows=rows)
+
+    def _make_plans(self, rows: dict[str, Any]) -> tuple[Plan, DynamicPlan | None]:
+        return self._plan(rows), self._dynamic_plan(rows)
+
+    def _rows(self, step: requests.Step, common: CommonAttentionMetadata, reason: str | None) -> dict[str, Any]:
         """What both plans are made of."""
         if self._ubatching:
-            return {**step.scheduled_rows(), "step_reason": self._step_reason(common)}
+            return {**step.scheduled_rows(), "step_reason": reason}
         rows = step.rows(common)
         lens = common.seq_lens_cpu_upper_bound
         if lens is None:
@@ -213,7 +233,7 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
             # The bound is exact for every row that is still in its prompt.
             "seq_lens": [0] * len(rows) if lens is None else lens[: len(rows)].tolist(),
             "requests": rows,
-            "step_reason": self._step_reason(common),
+            "step_reason": reason,
         }
 
     def _plan(self, rows: dict[str, Any]) -> Plan:
@@ -223,7 +243,7 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
             **rows,
             pattern=self.resolved.triangle,
             min_prompt_len=self.resolved.min_prompt_len,
-            max_tail_rows=0 if self._prefill is None else self._prefill.max_tail_rows,
+            max_tail_rows=self._max_tail_rows,
         )
 
     def _dynamic_plan(self, rows: dict[str, Any]) -> DynamicPlan | None:

@@ -34,6 +34,8 @@ class Step:
         self.requests: dict[str, Request] = {}
         self.stats = Stats()
         self.planned = False
+        # Of this step, by what they depend on besides its rows; builders of several KV-cache groups share them.
+        self.plans: dict[tuple[object, ...], Any] = {}
         self.cached_rows = 0
         self._scheduled: Any = None
 
@@ -49,6 +51,7 @@ class Step:
                 cached += min(new.num_computed_tokens, new.prompt_len)
         self.stats.tracked_requests = len(self.requests)
         self.planned = False
+        self.plans.clear()
         self.cached_rows = cached
         self._scheduled = scheduler_output
 
