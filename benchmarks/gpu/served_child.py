@@ -78,10 +78,12 @@ def generate(
         vLLM's own clock; ``between_s``, between two tokens of every request once all generate; ``rows``, what TRIMIX
         counted meanwhile.
     """
+    requests = _requests(engine, mode=mode, length=length, prompts=prompts, tokens=tokens, seed=seed)
     _synchronize()
     before = counters() if not stock else Counter[str]()
     started = time.perf_counter()
-    _add(engine, mode=mode, length=length, prompts=prompts, tokens=tokens, seed=seed)
+    for request in requests:
+        engine.add_request(*request)
     reached: dict[str, list[float]] = {}
     latencies = []
     for _ in range(_STEP_LIMIT):
@@ -107,22 +109,27 @@ def generate(
     }
 
 
-def _add(engine: Any, *, mode: str | None, length: int, prompts: int, tokens: int, seed: int) -> None:
+def _requests(
+    engine: Any, *, mode: str | None, length: int, prompts: int, tokens: int, seed: int
+) -> list[tuple[str, dict[str, list[int]], Any]]:
+    """What ``add_request`` takes, made before the clock runs."""
     from vllm import SamplingParams
 
     generator = random.Random(seed)
     vocabulary = engine.vllm_config.model_config.get_vocab_size()
-    for number in range(prompts):
-        # Special tokens are at either end of the vocabulary.
-        prompt = generator.choices(range(vocabulary // 8, vocabulary // 2), k=length)
-        params = SamplingParams(
-            temperature=0,
-            max_tokens=tokens,
-            ignore_eos=True,
-            detokenize=False,
-            extra_args=None if mode is None else {"trimix": mode},
-        )
-        engine.add_request(f"{number}-{time.monotonic_ns()}", {"prompt_token_ids": prompt}, params)
+    # Special tokens are at either end of the vocabulary.
+    words = range(vocabulary // 8, vocabulary // 2)
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=tokens,
+        ignore_eos=True,
+        detokenize=False,
+        extra_args=None if mode is None else {"trimix": mode},
+    )
+    return [
+        (f"{seed}-{number}", {"prompt_token_ids": generator.choices(words, k=length)}, params.clone())
+        for number in range(prompts)
+    ]
 
 
 def counters() -> Counter[str]:
@@ -159,7 +166,8 @@ def profile(
     if not getattr(engine, "has_breakdown_ranges", False):
         install_ranges(engine, stock=stock)
         engine.has_breakdown_ranges = True
-    _add(engine, mode=mode, length=length, prompts=1, tokens=1, seed=seed)
+    for request in _requests(engine, mode=mode, length=length, prompts=1, tokens=1, seed=seed):
+        engine.add_request(*request)
     for _ in range(step):
         engine.step()
     _synchronize()

