@@ -6,6 +6,7 @@ pytest-xdist runs test files side by side: its workers share the cores, and the 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,10 +24,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_TIERS] = {}
+    _give_children_their_signals_back()
     if _is_worker(config):
         # Before torch is imported. Threads that spin while they wait for one another would take the others' cores.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _give_children_their_signals_back() -> None:
+    """A background job of a script ignores SIGINT, one of nohup SIGHUP, and so would every child: tests send both.
+
+    A handler does not survive an exec, unlike SIG_IGN: children start with the default, this process goes on ignoring.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 def _is_worker(config: pytest.Config) -> bool:

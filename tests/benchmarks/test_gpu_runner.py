@@ -130,21 +130,14 @@ class Trivial:
 
     def start(self, stages: str, *arguments: str, device: str = "cuda", **env: str) -> subprocess.Popen[str]:
         path = os.pathsep.join([str(self.folder), str(ROOT)])
-        # A child inherits what nohup or a shell's background job ignores.
-        signals = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(number, signal.SIG_DFL) for number in signals]
-        try:
-            return subprocess.Popen(
-                [sys.executable, str(self.folder / "trivial.py"), f"--output={self.output}", *arguments],
-                env={**os.environ, "PYTHONPATH": path, "TRIVIAL": stages, "TRIVIAL_DEVICE": device} | env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-        finally:
-            for number, handler in zip(signals, before, strict=True):
-                signal.signal(number, handler)
+        return subprocess.Popen(
+            [sys.executable, str(self.folder / "trivial.py"), f"--output={self.output}", *arguments],
+            env={**os.environ, "PYTHONPATH": path, "TRIVIAL": stages, "TRIVIAL_DEVICE": device} | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
 
     def run(self, stages: str, *arguments: str, device: str = "cuda", **env: str) -> tuple[int, str]:
         process = self.start(stages, *arguments, device=device, **env)
