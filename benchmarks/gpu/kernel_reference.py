@@ -3,100 +3,178 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, ProcessPoolExecutor
-from multiprocessing import get_context
+import time
+from dataclasses import asdict
 from typing import Any
 
+from benchmarks.gpu import sanitizer
+from benchmarks.gpu.case_steps import attempt
+from benchmarks.gpu.case_triage import smallest, triage_cases
+from benchmarks.gpu.crew import Crew, Ended, Task
+from benchmarks.gpu.kernel_cases import MUST_RUN, SMALLEST, all_cases, choose, first_cases, kernel_of, pairs
 from benchmarks.gpu.report import Report
-from tests.kernels import sparse_interpreter, test_triton_estimate, test_triton_sparse, test_triton_triangle
-from tests.kernels.triton_interpreter import Case, interpreter_pool, run_case
+from benchmarks.gpu.variants import device_is_sound, interpreter_is_sound, use_device
+from tests.kernels.triton_interpreter import use_interpreter
+
+__all__ = ["kernel_reference", "pairs"]
 
 _WORKERS = 8
-_HEAD_SIZES, _PAGES, _GROUPS = (64, 96, 128, 256), (16, 32, 64, 128), (1, 4, 7, 8)
-_DTYPES = (("bfloat16", ""), ("float16", ""), ("bfloat16", "float8_e4m3fn"), ("float16", "float8_e5m2"))
-_TIMES_TWO = (0, 2, 3, 1)  # In the field of four elements, where + is ^.
-
-
-def pairs() -> dict[str, Case]:
-    """Sixteen cases in which every two of head size, page, GQA group and dtypes meet (an orthogonal array)."""
-    found = {}
-    for i, head_size in enumerate(_HEAD_SIZES):
-        for j, page in enumerate(_PAGES):
-            group = _GROUPS[i ^ j]
-            q_dtype, cache_dtype = _DTYPES[i ^ _TIMES_TWO[j]]
-            name = f"d{head_size}-page{page}-gqa{group}-{q_dtype}-{cache_dtype or 'same'}"
-            found[name] = Case(
-                ((0, 70), (5000, 300)),
-                group=group,
-                head_size=head_size,
-                block_size=page,
-                n_local=512,
-                q_dtype=q_dtype,
-                cache_dtype=cache_dtype,
-            )
-    return found
-
-
-def _runner(case: Any) -> Callable[[Any, str], None]:
-    """What runs a case of its kind on a device."""
-    kinds = {
-        Case: run_case,
-        sparse_interpreter.SparseCase: sparse_interpreter.run_case,
-        test_triton_estimate.EstimateCase: test_triton_estimate.run_case,
-    }
-    return kinds[type(case)]
+# A case compiles up to three kernels, with seven more compilers beside it.
+_CASE_LIMIT = 60.0
+# What runs when the box is used up may end.
+_GRACE = 10.0
+# Results are written so often that a killed stage keeps what it had.
+_SAVE_SECONDS = 1.0
 
 
 def kernel_reference(report: Report) -> None:
-    """Runs every case; one check for all, and one for each that fails."""
-    cases: dict[str, Any] = {**test_triton_triangle.CASES, **pairs()}
-    cases |= {f"sparse-{name}": case for name, case in test_triton_sparse.CASES.items()}
-    cases |= {f"estimate-{name}": case for name, case in test_triton_estimate.CASES.items()}
-    if report.settings["cases"] is not None:
-        cases = {name: cases[name] for name in report.settings["cases"]}
-    passed: list[str] = []
-    skipped: list[str] = []
+    """Runs the cases in order; one check for all, and one for each that fails.
+
+    Settings:
+        cases: ``ranked`` for all by value; names; None for those of the interpreter's tests.
+        box: Seconds after which no case begins; what is left then is said, and no failure. None is no limit.
+        triage: Seconds for the steps that tell why cases fail; 0 is none.
+        sanitize: Seconds for compute-sanitizer, beside the triage; 0 is not at all.
+    """
+    cases = choose(report.settings["cases"])
+    device = "cuda" if report.cuda else "cpu"
+    workers = min(_WORKERS, os.cpu_count() or 1) if report.cuda else 1
+    results = _Results(report, cases)
     huge = {name: case for name, case in cases.items() if case.huge}
     ordinary = {name: case for name, case in cases.items() if not case.huge}
-    workers = min(_WORKERS, os.cpu_count() or 1) if report.cuda else 1
-    # Tensors with a stride of 2**30 elements fill the device's memory: one at a time.
-    for group, parallel in ((ordinary, workers), (huge, 1)):
-        if group:
-            with _pool(report, parallel) as pool:
-                _run(report, pool, group, passed, skipped)
-    failed = len(cases) - len(passed) - len(skipped)
-    report.figure(cases=len(cases), cases_skipped=skipped)
-    where = "on the device" if report.cuda else "in the interpreter"
-    report.check("cases", not failed and passed, f"{len(passed)} of {len(cases)} {where} within budget")
-    report.seen(f"{len(passed)} of {len(cases)} cases {where} within the error budget, {len(skipped)} did not fit")
+    box = report.settings.get("box")
+    until = None if box is None else time.monotonic() + box
+    with _crew(report, workers) as crew:
+        _run(report, crew, ordinary, until, results)
+        if not huge:
+            _after(report, crew, device, cases, results)
+    if huge:
+        # Tensors with a stride of 2**30 elements fill the device's memory: one at a time, and nothing else beside it.
+        with _crew(report, 1) as crew:
+            _run(report, crew, huge, until, results)
+            _after(report, crew, device, cases, results)
+    results.conclude()
 
 
-def _pool(report: Report, workers: int) -> Executor:
-    if not report.cuda:
-        return interpreter_pool()
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_use_device)
+def _crew(report: Report, workers: int) -> Crew:
+    if report.cuda:
+        return Crew(workers, prepare=use_device, sound=device_is_sound)
+    return Crew(workers, prepare=use_interpreter, sound=interpreter_is_sound)
 
 
-def _use_device() -> None:
-    import torch
+def _run(report: Report, crew: Crew, cases: dict[str, Any], until: float | None, results: _Results) -> None:
+    tasks = [Task(name, attempt, (case, "cuda" if report.cuda else "cpu")) for name, case in cases.items()]
+    # Interpreted kernels take what they take.
+    limit = _CASE_LIMIT if report.cuda else 600.0
+    crew.wait()
+    with report.on_device():
+        for ended in crew.run(tasks, limit=limit, start_until=until, end_by=None if until is None else until + _GRACE):
+            results.add(ended)
 
-    os.environ.pop("TRITON_INTERPRET", None)
-    torch.set_num_threads(1)
+
+def _after(report: Report, crew: Crew, device: str, cases: dict[str, Any], results: _Results) -> None:
+    """Triage of the smallest failures, and compute-sanitizer beside it, or on one small case of each kernel."""
+    followed = smallest({name: cases[name] for name in results.failed})
+    runs = []
+    if report.settings.get("sanitize"):
+        names = followed[:1] or list(SMALLEST)
+        kernels = {name: kernel_of(all_cases()[name]) for name in names}
+        # The estimate's diagonal sums go through shared memory.
+        tools: list[tuple[str, sanitizer.Tool]] = [(name, "memcheck") for name in names]
+        tools += [(name, "racecheck") for name in names if kernels[name] == "estimate"]
+        box = report.settings["sanitize"]
+        runs = [sanitizer.Run(name, tool, box, device=device) for name, tool in tools]
+    if followed and report.settings.get("triage"):
+        with report.checking("triage"):
+            chosen = {name: cases[name] for name in followed}
+            found = triage_cases(crew, device, chosen, results.failed, box=report.settings["triage"])
+            report.figure(triage=found)
+            for each in found:
+                print(f"triage: {each['line']}", flush=True)
+            results.notes += [found[0]["line"]]
+    findings = [run.finish() for run in runs]
+    if findings:
+        report.figure(sanitizer=[asdict(finding) for finding in findings])
+        for finding in findings:
+            print(f"compute-sanitizer: {finding.sentence}", flush=True)
+        results.notes += [finding.sentence for finding in findings if finding.outcome == "errors"]
 
 
-def _run(report: Report, pool: Executor, cases: dict[str, Any], passed: list[str], skipped: list[str]) -> None:
-    device = "cuda" if report.cuda else "cpu"
-    running = {name: pool.submit(_runner(case), case, device) for name, case in cases.items()}
-    for name, future in running.items():
-        error = future.exception()
-        if error is None:
-            passed.append(name)
-        elif type(error).__name__ == "OutOfMemoryError":
-            skipped.append(name)
+class _Results:
+    """What became of the cases, written down as they end.
+
+    Attributes:
+        failed: Errors by name.
+        notes: For the summary's line.
+    """
+
+    def __init__(self, report: Report, cases: dict[str, Any]) -> None:
+        self.failed: dict[str, str] = {}
+        self.notes: list[str] = []
+        self._report, self._cases = report, cases
+        self._passed: list[str] = []
+        self._skipped: list[str] = []
+        self._left: list[str] = []
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._written = time.monotonic()
+
+    def add(self, ended: Ended) -> None:
+        """A case ended, or was never begun."""
+        name = ended.task.name
+        if ended.how in ("left", "cut"):
+            self._left.append(name)
+            return
+        if ended.error.startswith("OutOfMemoryError"):
+            self._skipped.append(name)
+            self._say(name, "skipped", ended)
+            return
+        entry = ended.value if ended.how == "returned" else {"error": ended.error, "trace": ended.trace}
+        self._entries[name] = entry
+        if entry["error"]:
+            self.failed[name] = entry["error"]
+            self._report.check(name, False, _one_line(entry["error"]))
         else:
-            report.check(name, False, _one_line(str(error) or repr(error)))
+            self._passed.append(name)
+            self._say(name, f"ok, {entry['of_budget']:.2f} of the budget", ended)
+        if time.monotonic() - self._written > _SAVE_SECONDS:
+            self._figures()
+
+    def conclude(self) -> None:
+        """One check for all, and the summary's line."""
+        self._figures()
+        report, ran = self._report, len(self._passed) + len(self.failed)
+        where = "on the device" if report.cuda else "in the interpreter"
+        of = f"{len(self._passed)} of {len(self._cases)} cases {where} within the error budget"
+        rest = f"{len(self._skipped)} did not fit, {len(self._left)} were left for lack of time"
+        report.check("cases", not self.failed and self._passed, f"{of}; {rest}")
+        if report.settings["cases"] == "ranked":
+            missing = [name for name in list(first_cases())[:MUST_RUN] if name not in self._entries]
+            report.check("first cases", not missing, f"the first {MUST_RUN} ran" if not missing else _missing(missing))
+        report.seen("; ".join([f"{of}, {len(self.failed)} of {ran} that ran failed; {rest}", *self.notes]))
+
+    def _say(self, name: str, text: str, ended: Ended) -> None:
+        print(f"{name}: {text}, {ended.seconds:.1f} s", flush=True)
+
+    def _figures(self) -> None:
+        self._written = time.monotonic()
+        seconds = [entry["seconds"] for entry in self._entries.values() if "seconds" in entry]
+        self._report.figure(
+            cases=len(self._cases),
+            cases_passed=len(self._passed),
+            cases_skipped=self._skipped,
+            cases_left=self._left,
+            case_results=self._entries,
+            # Of all workers together.
+            case_seconds={
+                what: round(sum(each.get(what, 0.0) for each in seconds), 2)
+                for what in ("build", "compile", "first", "run", "check")
+            },
+        )
 
 
-def _one_line(text: str, lines: Iterable[int] = range(3)) -> str:
-    return " ".join(line.strip() for index, line in enumerate(text.splitlines()) if index in lines)[:500]
+def _missing(names: list[str]) -> str:
+    return f"{len(names)} of the first {MUST_RUN} did not run: {', '.join(names[:5])}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(line.strip() for line in text.splitlines()[:3])[:500]

@@ -104,7 +104,7 @@ class Launch:
     def __init__(self, case: SparseCase, device: str = "cpu") -> None:
         self.case = case
         self._problem = problem = _build(case)
-        self.arguments: dict[str, Any] = problem.arguments
+        self.arguments: dict[str, Any] = dict(problem.arguments)
         if device != "cpu":
             problem.all_read = problem.all_read.to(device)
             index = problem.arguments["index"]

@@ -95,7 +95,7 @@ class Launch:
     def __init__(self, case: EstimateCase, device: str = "cpu") -> None:
         self.case = case
         self._here, self._keys = _build(case)
-        self.arguments: dict[str, Any] = self._here if device == "cpu" else on_device(self._here, device)
+        self.arguments: dict[str, Any] = dict(self._here) if device == "cpu" else on_device(self._here, device)
         self._sums: tuple[torch.Tensor, ...] = ()
 
     def fill(self, value: float) -> None:

@@ -98,7 +98,7 @@ class _Problem:
 
 def interpreter_pool() -> ProcessPoolExecutor:
     """One fresh process in which Triton interprets."""
-    return ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"), initializer=_use_interpreter)
+    return ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"), initializer=use_interpreter)
 
 
 class Launch:
@@ -113,8 +113,9 @@ class Launch:
     def __init__(self, case: Case, device: str = "cpu") -> None:
         self.case = case
         self._problem = _build(case)
-        moved = self._problem.arguments if device == "cpu" else on_device(self._problem.arguments, device)
-        self.arguments: dict[str, Any] = moved
+        # A copy: whoever changes what the kernel is given does not change what it must give.
+        arguments = self._problem.arguments
+        self.arguments: dict[str, Any] = dict(arguments) if device == "cpu" else on_device(arguments, device)
         self.num_slots = self._problem.num_slots
 
     def fill(self, value: float) -> None:
@@ -147,6 +148,10 @@ class Launch:
             parts.append(Part(f"{rows} rows at {position}", out[span], truth, plain, position, kinds))
         outside = not out[~covered].isnan().all()
         return Answer(parts, ["rows outside the spans were written"] if outside else [])
+
+    def places(self) -> list[tuple[int, int]]:
+        """Row of the block table, and first row of the queries, of each span."""
+        return list(zip(self._problem.table_rows, self._problem.first_rows, strict=True))
 
     def reference(self) -> list[torch.Tensor]:
         """The parts' truth in plain PyTorch on the device, from the pages and the table that the kernel reads."""
@@ -222,7 +227,8 @@ def interpreted_bf16_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _use_interpreter() -> None:
+def use_interpreter() -> None:
+    """Makes a fresh process one in which Triton interprets."""
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
     import numpy as np
