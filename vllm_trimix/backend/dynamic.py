@@ -41,11 +41,11 @@ class HeadGroup(NamedTuple):
 
     Attributes:
         patterns: One a head.
-        heads: Their numbers among the slab's heads, int64, on the device.
+        heads: Their numbers among the slab's heads, int64, on the device; None where they are all of them.
     """
 
     patterns: tuple[DynamicPattern, ...]
-    heads: torch.Tensor
+    heads: torch.Tensor | None
 
 
 class LayerPatterns:
@@ -99,8 +99,12 @@ class LayerPatterns:
             heads = self._patterns[first * group : (first + count) * group]
             for number, pattern in enumerate(heads):
                 kinds.setdefault(pattern.kind, []).append(number)
+            # A copy from the host waits for the device: none in slabs of a size that no warm-up has seen.
             groups = [
-                HeadGroup(tuple(heads[number] for number in numbers), torch.tensor(numbers, device=self._device))
+                HeadGroup(
+                    tuple(heads[number] for number in numbers),
+                    None if len(kinds) == 1 else torch.tensor(numbers, device=self._device),
+                )
                 for numbers in kinds.values()
             ]
             slabs.append((first, count, groups))
@@ -444,6 +448,7 @@ def select(groups: Sequence[HeadGroup], chunk: Chunk) -> Selection:
         return groups[0].patterns[0].select(groups[0].patterns, chunk)
     selections = []
     for patterns, heads in groups:
+        assert heads is not None
         part = chunk._replace(q=chunk.q[heads], q_last=chunk.q_last[heads], sums=None)
         selections.append((heads, patterns[0].select(patterns, part)))
     return merge(selections, chunk.num_heads)
