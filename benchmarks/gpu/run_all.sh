@@ -2,6 +2,7 @@
 # Runs every stage that needs an NVIDIA GPU, at most eight minutes each, and goes on where an earlier call stopped.
 #
 #   benchmarks/gpu/run_all.sh                   all stages; results and summary.md in build/gpu-results
+#   benchmarks/gpu/first.sh, second.sh          the quarter of an hour that says most: docs/gpu.md
 #   benchmarks/gpu/run_all.sh --toy             a rehearsal at toy size; needs no GPU
 #   benchmarks/gpu/run_all.sh --list            the stages;  --only NAME,... runs some of them;  --help says the rest
 #   benchmarks/gpu/run_all.sh --archive DIR     with a packed vLLM: a folder whose unpack.sh, called with the folder and
@@ -61,11 +62,6 @@ if [ -n "$archive" ]; then
     [ -e "$scratch/site/.complete" ] || die "the archive in '$archive' is not complete: parts are missing"
     export PATH="$scratch/site/bin:$PATH"
     path+=:$scratch/site
-    # Benchmarks start the vllm command that lies beside the interpreter.
-    if [ "$("$python" -c 'import sys; print(sys.prefix == sys.base_prefix)')" = True ]; then
-        ln -sf "$python" "$scratch/site/bin/python"
-        python=$scratch/site/bin/python
-    fi
 fi
 
 # The entry point by which vLLM finds the plugin, as an installed package would have it.
