@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from dataclasses import asdict
 from typing import Any
 
@@ -37,7 +38,6 @@ def kernel_reference(report: Report) -> None:
         sanitize: Seconds for compute-sanitizer, beside the triage; 0 is not at all.
     """
     cases = choose(report.settings["cases"])
-    device = "cuda" if report.cuda else "cpu"
     workers = min(_WORKERS, os.cpu_count() or 1) if report.cuda else 1
     results = _Results(report, cases)
     huge = {name: case for name, case in cases.items() if case.huge}
@@ -47,12 +47,12 @@ def kernel_reference(report: Report) -> None:
     with _crew(report, workers) as crew:
         _run(report, crew, ordinary, until, results)
         if not huge:
-            _after(report, crew, device, cases, results)
+            _after(report, crew, cases, results)
     if huge:
         # Tensors with a stride of 2**30 elements fill the device's memory: one at a time, and nothing else beside it.
         with _crew(report, 1) as crew:
             _run(report, crew, huge, until, results)
-            _after(report, crew, device, cases, results)
+            _after(report, crew, cases, results)
     results.conclude()
 
 
@@ -63,7 +63,7 @@ def _crew(report: Report, workers: int) -> Crew:
 
 
 def _run(report: Report, crew: Crew, cases: dict[str, Any], until: float | None, results: _Results) -> None:
-    tasks = [Task(name, attempt, (case, "cuda" if report.cuda else "cpu")) for name, case in cases.items()]
+    tasks = [Task(name, attempt, (case, report.device)) for name, case in cases.items()]
     # Interpreted kernels take what they take.
     limit = _CASE_LIMIT if report.cuda else 600.0
     crew.wait()
@@ -72,32 +72,42 @@ def _run(report: Report, crew: Crew, cases: dict[str, Any], until: float | None,
             results.add(ended)
 
 
-def _after(report: Report, crew: Crew, device: str, cases: dict[str, Any], results: _Results) -> None:
-    """Triage of the smallest failures, and compute-sanitizer beside it, or on one small case of each kernel."""
+def _after(report: Report, crew: Crew, cases: dict[str, Any], results: _Results) -> None:
+    """Triage of the smallest failures, and compute-sanitizer beside it, or on one small case of each kernel.
+
+    What goes wrong in here says nothing of the kernels: it is written down, and the stage's verdict stays.
+    """
     followed = smallest({name: cases[name] for name in results.failed})
-    runs = []
-    if report.settings.get("sanitize"):
-        names = followed[:1] or list(SMALLEST)
-        kernels = {name: kernel_of(all_cases()[name]) for name in names}
-        # The estimate's diagonal sums go through shared memory.
-        tools: list[tuple[str, sanitizer.Tool]] = [(name, "memcheck") for name in names]
-        tools += [(name, "racecheck") for name in names if kernels[name] == "estimate"]
-        box = report.settings["sanitize"]
-        runs = [sanitizer.Run(name, tool, box, device=device) for name, tool in tools]
-    if followed and report.settings.get("triage"):
-        with report.checking("triage"):
-            chosen = {name: cases[name] for name in followed}
-            found = triage_cases(crew, device, chosen, results.failed, box=report.settings["triage"])
+    runs = _sanitize(report, followed[:1] or list(SMALLEST), {**all_cases(), **cases})
+    try:
+        if followed and report.settings.get("triage"):
+            chosen, box = {name: cases[name] for name in followed}, report.settings["triage"]
+            found = triage_cases(crew, report.device, chosen, results.failed, box=box)
             report.figure(triage=found)
             for each in found:
                 print(f"triage: {each['line']}", flush=True)
-            results.notes += [found[0]["line"]]
+            results.notes.append(found[0]["line"])
+    except Exception as error:
+        traceback.print_exc()
+        report.figure(triage_error=f"{type(error).__name__}: {error}")
     findings = [run.finish() for run in runs]
     if findings:
         report.figure(sanitizer=[asdict(finding) for finding in findings])
-        for finding in findings:
-            print(f"compute-sanitizer: {finding.sentence}", flush=True)
-        results.notes += [finding.sentence for finding in findings if finding.outcome == "errors"]
+    for finding in findings:
+        print(f"compute-sanitizer: {finding.sentence}", flush=True)
+        if finding.outcome == "errors":
+            results.notes.append(finding.sentence)
+
+
+def _sanitize(report: Report, names: list[str], cases: dict[str, Any]) -> list[sanitizer.Run]:
+    """Starts compute-sanitizer, once for each case and tool."""
+    box = report.settings.get("sanitize")
+    if not box:
+        return []
+    tools: list[tuple[str, sanitizer.Tool]] = [(name, "memcheck") for name in names]
+    # The estimate's diagonal sums go through shared memory.
+    tools += [(name, "racecheck") for name in names if kernel_of(cases[name]) == "estimate"]
+    return [sanitizer.Run(name, tool, box, device=report.device) for name, tool in tools]
 
 
 class _Results:

@@ -19,6 +19,12 @@ def misbehave(how: str) -> int:
     return os.getpid()
 
 
+def pass_slowly(case: object, device: str) -> dict[str, object]:
+    """In place of an attempt at a case; without a launch."""
+    time.sleep(0.4)
+    return {"error": "", "of_budget": 0.5, "seconds": {"run": 0.1}, "variants": []}
+
+
 def nothing() -> None:
     """A preparation, or a check, that passes."""
 

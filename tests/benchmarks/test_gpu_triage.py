@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
+from benchmarks.gpu import sanitizer
 from benchmarks.gpu.crew import Crew, Ended, Task
+from benchmarks.gpu.report import Report, load, save
 from benchmarks.gpu.variants import interpreter_is_sound
-from tests.benchmarks.misbehaving import die, misbehave, nothing, spoilt
+from tests.benchmarks.misbehaving import die, misbehave, nothing, pass_slowly, spoilt
 from tests.kernels.triton_interpreter import Case, Launch, use_interpreter
 
 pytest.importorskip("triton", reason="the kernels need Triton (Linux)")
@@ -216,3 +222,204 @@ def test_processes_that_never_start_are_no_endless_loop() -> None:
         Crew(1, prepare=die, sound=nothing) as crew,
     ):
         crew.wait()
+
+
+CLEAN = """========= COMPUTE-SANITIZER
+case {case} is right
+========= ERROR SUMMARY: 0 errors
+"""
+INVALID = """========= COMPUTE-SANITIZER
+========= Invalid __global__ read of size 16 bytes
+=========     at triangle_prefill_kernel+0x1a30
+=========     by thread (96,0,0) in block (3,0,0)
+=========     Access at 0x7f4c1e001000 is out of bounds
+========= Program hit CUDA_ERROR_LAUNCH_FAILED (error 719) due to "unspecified launch failure" on CUDA API call.
+========= ERROR SUMMARY: 33 errors
+"""
+HAZARD = """========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at estimate_kernel+0x9d0
+=========     and Read access at estimate_kernel+0xa10 [128 hazards]
+case {case} is right
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+REFUSED = """========= COMPUTE-SANITIZER
+========= Error: Device not supported. Please refer to the "Supported Devices" section of the sanitizer documentation
+========= ERROR SUMMARY: 0 errors
+"""
+# Of the real tool on a program that uses no GPU, and of a version that runs nothing and calls it clean.
+UNSEEN = """========= COMPUTE-SANITIZER
+========= Error: Target application terminated before first instrumented API call
+"""
+FALSE_PASS = """========= COMPUTE-SANITIZER
+========= ERROR SUMMARY: 0 errors
+"""
+
+
+@pytest.mark.parametrize(
+    ("prints", "tool", "outcome", "sentence"),
+    [
+        (CLEAN, "memcheck", "clean", "memcheck of gqa4: no error, and the answer is right"),
+        (CLEAN.replace("right", "wrong: error 3"), "memcheck", "clean", "no error, though the answer is wrong"),
+        (INVALID, "memcheck", "errors", "33 errors, the first: Invalid __global__ read of size 16 bytes"),
+        (HAZARD, "racecheck", "errors", "1 errors, the first: Error: Race reported between Write access"),
+        (
+            CLEAN.replace("ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards displayed"),
+            "racecheck",
+            "clean",
+            "no",
+        ),
+        (REFUSED, "memcheck", "refused", "it refuses this device: Error: Device not supported."),
+        (UNSEEN, "memcheck", "proved nothing", "Target application terminated before first instrumented API call"),
+        (FALSE_PASS, "memcheck", "proved nothing", "the case did not run to its end under it"),
+        ("", "memcheck", "proved nothing", "it printed nothing"),
+    ],
+)
+def test_what_the_sanitizer_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prints: str, tool: sanitizer.Tool, outcome: str, sentence: str
+) -> None:
+    fake_sanitizer(tmp_path, monkeypatch, f"cat <<'END'\n{prints.format(case='gqa4')}END")
+    finding = sanitizer.Run("gqa4", tool, 20.0).finish()
+    assert finding.outcome == outcome, finding
+    assert sentence in finding.sentence
+    asked = (tmp_path / "asked").read_text().split("\n")
+    assert asked[:2] == ["--tool", tool]
+    assert asked[-7:-1] == [sys.executable, "-m", "benchmarks.gpu.one_case", "gqa4", "--device", "cuda"]
+
+
+def fake_sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    program = tmp_path / "bin" / "compute-sanitizer"
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >{tmp_path}/asked\n{script}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_a_sanitizer_that_hangs_is_killed_with_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_sanitizer(tmp_path, monkeypatch, f"sleep 60 & echo $! >{tmp_path}/child; echo begun; wait")
+    started = time.monotonic()
+    finding = sanitizer.Run("gqa4", "memcheck", 1.0).finish()
+    assert time.monotonic() - started < 10
+    assert (finding.outcome, finding.lines) == ("time ran out", ["begun"])
+    assert finding.sentence == "memcheck of gqa4: it had not ended after 1 s"
+    child = Path("/proc") / (tmp_path / "child").read_text().strip() / "stat"
+    assert not child.exists() or child.read_text().split()[2] == "Z"
+
+
+def test_where_the_sanitizer_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sanitizer, "_TOOLKIT", tmp_path / "toolkit")
+    assert sanitizer.find([str(tmp_path)]) is None
+    assert sanitizer.Run("gqa4", "memcheck", 1.0).finish().outcome == "missing"
+    for part in ("nvidia/cuda_sanitizer_api/bin", "nvidia/cu13/bin"):
+        program = tmp_path / part / "compute-sanitizer"
+        program.parent.mkdir(parents=True)
+        program.touch()
+        assert sanitizer.find([str(tmp_path / "none"), str(tmp_path)]) != str(program), "it is no program"
+        program.chmod(0o755)
+        assert sanitizer.find([str(tmp_path / "none"), str(tmp_path)]) == str(program)
+
+
+def make_report(tmp_path: Path, **settings: Any) -> Report:
+    path = tmp_path / "kernel_reference.json"
+    environment = {"device": "cpu"}
+    settings = {"toy": True, "device": "cpu", **settings}
+    save(path, {"stage": "", "settings": settings, "environment": environment, "source": "", "checks": [], "seen": ""})
+    return Report(path)
+
+
+SMALL = {
+    "fine": CASE,
+    "one head": replace(CASE, n_init=3),
+    "crashes": replace(CASE, n_init=2),
+    "also fine": replace(CASE, n_init=1),
+}
+
+
+def attempted(case: Case, device: str) -> dict[str, Any]:
+    """What comes of ``SMALL``; a case that is fine isn't launched."""
+    from benchmarks.gpu.case_steps import attempt
+
+    if case == SMALL["crashes"]:
+        os.abort()
+    if case == SMALL["one head"]:
+        return spoiled("head", attempt, case, device)
+    return pass_slowly(case, device)
+
+
+def followed(case: Case, device: str, name: str) -> dict[str, Any]:
+    """The first two steps on ``SMALL``."""
+    from benchmarks.gpu.case_steps import step
+
+    if name not in ("look", "reference"):
+        return {"skipped": "seen above"}
+    if case == SMALL["crashes"] and name == "look":
+        os.abort()
+    return spoiled("head", step, case, device, name)
+
+
+def test_the_stage_follows_its_failures_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu import case_triage, kernel_reference
+
+    monkeypatch.setattr(kernel_reference, "attempt", attempted)
+    monkeypatch.setattr(kernel_reference, "choose", lambda _: SMALL)
+    monkeypatch.setattr(case_triage, "step", followed)
+    fake_sanitizer(tmp_path, monkeypatch, f"cat <<'END'\n{REFUSED}END")
+    kernel_reference.kernel_reference(make_report(tmp_path, cases=None, triage=120, sanitize=20))
+    result = load(tmp_path / "kernel_reference.json")
+    assert result is not None
+    wrong = {check["name"]: check["detail"] for check in result["checks"] if not check["passed"]}
+    assert set(wrong) == {"one head", "crashes", "cases"}
+    assert wrong["crashes"] == "its process died, SIGABRT"
+    assert wrong["cases"].startswith("2 of 4 cases in the interpreter within the error budget; 0 did not fit, 0 were")
+    lines = {each["name"]: each["line"] for each in result["triage"]}
+    assert set(lines) == {"one head", "crashes"}
+    assert lines["crashes"].startswith("crashes: it ends in its process died, SIGABRT; PyTorch on the device is right")
+    assert "heads 2 of 3 only" in lines["one head"]
+    assert "PyTorch on the device is right" in lines["one head"]
+    assert [each["outcome"] for each in result["sanitizer"]] == ["refused"]
+    assert "2 of 4 cases" in result["seen"]
+    assert result["device_seconds"] > 0
+
+
+@pytest.mark.parametrize(("box", "enough"), [(0.3, False), (60.0, True)])
+def test_cases_that_the_box_leaves_are_no_failures_but_the_first_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, box: float, enough: bool
+) -> None:
+    from benchmarks.gpu import kernel_reference
+
+    with Crew(1, prepare=nothing, sound=nothing) as crew:
+        # Imports are not to take from the box.
+        list(crew.run([Task("", pass_slowly, (None, ""))], limit=60))
+        monkeypatch.setattr(kernel_reference, "_crew", lambda *_: crew)
+        monkeypatch.setattr(kernel_reference, "attempt", pass_slowly)
+        monkeypatch.setattr(kernel_reference, "MUST_RUN", 3)
+        cases = dict(list(kernel_reference.first_cases().items())[:4])
+        monkeypatch.setattr(kernel_reference, "choose", lambda _: cases)
+        kernel_reference.kernel_reference(make_report(tmp_path, cases="ranked", box=box))
+    result = load(tmp_path / "kernel_reference.json")
+    assert result is not None
+    checks = {check["name"]: check["passed"] for check in result["checks"]}
+    assert checks == {"cases": True, "first cases": enough}
+    assert result["cases_left"] == ([] if enough else list(cases)[1:])
+    assert result["cases_passed"] == (4 if enough else 1)
+
+
+def test_the_ranking() -> None:
+    from benchmarks.gpu.kernel_cases import MUST_RUN, SMALLEST, all_cases, choose, first_cases, kernel_of, ranked
+
+    cases = list(ranked().values())
+    first = cases[:MUST_RUN]
+    assert cases[: len(first_cases())] == list(first_cases().values())
+    assert {kernel_of(case) for case in first} == {"triangle", "sparse", "estimate"}
+    assert {case.head_size for case in first} == {64, 128, 256}
+    assert {case.group for case in first} == {1, 4, 7, 8}
+    assert {case.q_dtype for case in first} == {"bfloat16", "float16", "float8_e4m3fn"}
+    assert {case.cache_dtype for case in first} == {"", "float8_e4m3fn"}
+    assert any(getattr(case, "last_rows", ()) and case.programs for case in first)
+    assert {case.order for case in first} == {"BHS", "BSH"}
+    assert {case.block_size for case in first if kernel_of(case) == "sparse"} == {64, 128}
+    # Each once, those that fill the memory excepted.
+    assert {repr(case) for case in cases} == {repr(case) for case in all_cases().values() if not case.huge}
+    assert [kernel_of(all_cases()[name]) for name in SMALLEST] == ["triangle", "sparse", "estimate"]
+    with pytest.raises(ValueError, match=r"cases: \['gqa5'\] unknown; expected 'ranked', None, or names"):
+        choose(["gqa5", "gqa4"])
