@@ -6,8 +6,8 @@ from dataclasses import fields
 
 from vllm_trimix.kernels.triton_configs import TileConfig
 
-# By padded head size: what it is, and the shape. All keep the table's ``block_m``, compile without spills under Triton
-# 3.6.0 and 3.7.1, and wait at most twice a step for the tensor cores; a test compiles them.
+# By padded head size: what it is, and the shape. All keep the table's ``block_m``. Under Triton 3.6.0 and 3.7.1 they
+# compile without spills, and all but ``WAITING`` wait at most twice a step for the tensor cores; a test compiles them.
 CANDIDATES: dict[int, dict[str, tuple[str, TileConfig]]] = {
     64: {
         "lookahead": ("with lookahead", TileConfig(128, 64, num_warps=8, num_stages=2, lookahead=True)),
@@ -30,6 +30,9 @@ CANDIDATES: dict[int, dict[str, tuple[str, TileConfig]]] = {
         "narrow": ("steps of 16 keys", TileConfig(128, 16, num_warps=8, num_stages=3, lookahead=True)),
     },
 }
+
+# Without lookahead the compiler waits after every product at head size 128: what that costs only a GPU can tell.
+WAITING = {(128, "no_lookahead"), (128, "wide")}
 
 
 def head_sizes(padded: int) -> range:

@@ -134,15 +134,13 @@ def failures(result: dict[str, Any]) -> dict[str, str]:
 )
 def test_an_engine_that_does_not_start_says_why(tmp_path: Path, deed: str, said: str) -> None:
     job = {"stock": False, "engine": {"max_num_batched_tokens": 256}}
-    with (
-        Engine(
-            "trimix_256", job, tmp_path / "trimix_256.log", command=child({"trimix_256": {"start": deed}})
-        ) as engine,
-        pytest.raises(EngineLost) as lost,
-    ):
-        engine.wait_ready(1 if deed == "hang" else 30)
+    command = child({"trimix_256": {"start": deed}})
+    with Engine("trimix_256", job, tmp_path / "trimix_256.log", command=command) as engine:
+        with pytest.raises(EngineLost) as lost:
+            engine.wait_ready(1 if deed == "hang" else 30)
+        # It may hold memory of the device: it is gone before the others go on.
+        assert engine._process.returncode is not None
     assert str(lost.value) == f"{said}; its log is trimix_256.log"
-    assert engine._process.poll() is not None
 
 
 def test_an_engine_that_ends_between_two_questions(tmp_path: Path) -> None:
