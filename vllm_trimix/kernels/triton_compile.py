@@ -8,7 +8,6 @@ import json
 import re
 import subprocess
 import tempfile
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vllm_trimix.kernels import triton_merge
+from vllm_trimix.kernels.occupancy import programs_per_multiprocessor
 from vllm_trimix.kernels.triton_configs import (
     TileConfig,
     config_for,
@@ -80,7 +80,10 @@ class Report:
         tile: Launch shape, ``BLOCK_M x BLOCK_N, warps, stages`` and whether it looks ahead.
         registers: Registers a thread.
         spill_bytes: Stack a thread, where spilled registers go.
-        shared_bytes: Shared memory a thread block.
+        shared_bytes: Shared memory a program.
+        tensor_memory_columns: Columns of tensor memory a program, of 512; 0 where there is none.
+        num_warps: Warps a program.
+        programs: Programs that share a multiprocessor.
         matrix_instruction: Tensor-core instruction in use, "" for FMA.
         matrix_instructions: How often it occurs in the PTX.
         async_copies: Asynchronous copies in the PTX: the software pipeline is on.
@@ -89,7 +92,7 @@ class Report:
         mask_instructions: Of those, what a step without a mask jumps over.
         loop_waits: Waits for the tensor cores in that loop, on Hopper. The compiler waits after every instruction
             ("serialises") when registers run short: many times the cost, with no spill to show for it.
-        compile_s: Compile time in seconds.
+        loop_exponentials: Instructions of that loop for the special-function units, which take exponentials.
     """
 
     variant: Variant
@@ -97,13 +100,16 @@ class Report:
     registers: int
     spill_bytes: int
     shared_bytes: int
+    tensor_memory_columns: int
+    num_warps: int
+    programs: int
     matrix_instruction: str
     matrix_instructions: int
     async_copies: int
     loop_instructions: int
     mask_instructions: int
     loop_waits: int
-    compile_s: float
+    loop_exponentials: int
 
 
 def default_variants() -> list[Variant]:
@@ -131,7 +137,6 @@ def default_variants() -> list[Variant]:
 
 def compile_variant(variant: Variant) -> Report:
     """Compiles one variant to a cubin with the default launch shape and reads its resources back."""
-    start = time.perf_counter()
     if variant.kernel == "prefill":
         compiled = _compile_prefill(variant)
     elif variant.kernel == "merge":
@@ -140,25 +145,31 @@ def compile_variant(variant: Variant) -> Report:
         compiled = _compile_sparse(variant)
     else:
         compiled = _compile_estimate(variant)
-    seconds = time.perf_counter() - start
     ptx = compiled.asm["ptx"]
     counts = {name: len(re.findall(rf"^\s*(?:@\S+ )?{re.escape(name)}\b", ptx, re.M)) for name in _MATRIX_INSTRUCTIONS}
     instruction = next((name for name in _MATRIX_INSTRUCTIONS if counts[name]), "")
     usage, loop = _inspect(compiled.asm["cubin"])
+    # Blackwell's asynchronous loop is several blocks.
+    loop = [] if instruction == "tcgen05.mma" else loop
+    needs = {
+        "registers": usage["REG"],
+        "shared_bytes": compiled.metadata.shared,
+        "num_warps": compiled.metadata.num_warps,
+        "tensor_memory_columns": getattr(compiled.metadata, "tmem_size", 0),
+    }
     return Report(
         variant=variant,
         tile=_tile(variant),
-        registers=usage["REG"],
+        **needs,
+        programs=programs_per_multiprocessor(variant.capability, **needs),
         spill_bytes=usage["STACK"] + usage["LOCAL"],
-        shared_bytes=compiled.metadata.shared,
         matrix_instruction=instruction,
         matrix_instructions=counts.get(instruction, 0),
         async_copies=len(re.findall(r"^\s*(?:@\S+ )?cp\.async\.(?:cg|ca)\.", ptx, re.M)),
-        # Blackwell's asynchronous loop is several blocks.
-        loop_instructions=0 if instruction == "tcgen05.mma" else len(loop),
+        loop_instructions=len(loop),
         mask_instructions=_skipped(loop),
         loop_waits=sum("WARPGROUP.DEPBAR" in line for _, line in loop),
-        compile_s=round(seconds, 1),
+        loop_exponentials=sum("MUFU" in line for _, line in loop),
     )
 
 
@@ -166,20 +177,21 @@ def markdown(reports: list[Report]) -> str:
     """The reports as a Markdown table."""
     lines = [
         "| target | kernel | head size | query / cache | tile | registers | spills (B) | shared (KiB) "
-        "| matrix instructions | instructions (of the mask), waits in the loop |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| programs | matrix instructions | loop |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for report in reports:
         v = report.variant
         matrix = f"{report.matrix_instructions} {report.matrix_instruction}" if report.matrix_instruction else "none"
         loop = (
-            f"{report.loop_instructions} ({report.mask_instructions}), {report.loop_waits}"
+            f"{report.loop_instructions} ({report.mask_instructions}), {report.loop_exponentials}, {report.loop_waits}"
             if report.loop_instructions
             else "-"
         )
         lines.append(
             f"| sm_{v.capability} | {v.kernel} | {v.head_size} | {v.q_dtype} / {v.cache_dtype} | {report.tile} "
-            f"| {report.registers} | {report.spill_bytes} | {report.shared_bytes / 1024:.1f} | {matrix} | {loop} |"
+            f"| {report.registers} | {report.spill_bytes} | {report.shared_bytes / 1024:.1f} | {report.programs} "
+            f"| {matrix} | {loop} |"
         )
     return "\n".join(lines)
 
