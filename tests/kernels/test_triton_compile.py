@@ -6,24 +6,21 @@ fast tests compile for Hopper, for the others what differs there; the slow ones 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.kernels.prediction import INSTRUCTIONS
+from benchmarks.kernels.bounds.compiled import SERVED, VERSIONS, read_reports
+from benchmarks.kernels.compile_tables import PAGE, compile_reports, parts
+from benchmarks.kernels.generated import fill
 from tests.wheels import fetch
 
 pytest.importorskip("triton", reason="the kernel needs Triton (Linux)")
 
 ROOT = Path(__file__).parents[2]
-INSTALLED = "3.7.1"
-OTHERS = ("3.6.0", "3.8.0")
+OTHERS = tuple(version for version in VERSIONS if version != SERVED)
 # Shared memory a thread block may use, in KiB (CUDA programming guide, "compute capabilities").
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 WALKS_KEYS = ("prefill", "sparse-64", "sparse-128")
@@ -31,45 +28,22 @@ ESTIMATES = ("estimate-stats", "estimate-sums")
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 Compiled = tuple[str, list[dict[str, Any]]]
 GENERATIONS = (80, 90, 100)
-# Where 3.8.0 is slower, as noted in docs/kernels.md: version, capability, kernel, head size.
+# Where 3.8.0 is slower, as noted in docs/kernel-tables.md: version, capability, kernel, head size.
 SPILLS = {("3.8.0", 80, "estimate-stats", 128): 8, ("3.8.0", 100, "estimate-stats", 256): 8}
 WAITS = {("3.8.0", 90, "sparse-64", 256): 18, ("3.8.0", 90, "sparse-128", 256): 18}
 # Of the installed version one generation is compiled in the fast tests, with every kernel and dtype.
 HOPPER = (90,)
-VERSIONS = [
-    pytest.param(INSTALLED, HOPPER, id=f"{INSTALLED}-hopper"),
-    *(pytest.param(version, GENERATIONS, id=version, marks=pytest.mark.slow) for version in (INSTALLED, *OTHERS)),
+COMPILERS = [
+    pytest.param(SERVED, HOPPER, id=f"{SERVED}-hopper"),
+    *(pytest.param(version, GENERATIONS, id=version, marks=pytest.mark.slow) for version in (SERVED, *OTHERS)),
 ]
 
 
-def _compile(
-    arguments: list[str], folder: Path, *, triton: Path | None = None, options: Sequence[str] = ()
-) -> Compiled:
-    """Output and reports of the compile tool, which compiles from scratch in a process that doesn't interpret."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    if triton is not None:
-        environment["PYTHONPATH"] = os.pathsep.join([str(triton), environment.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "vllm_trimix.kernels.triton_compile",
-            "--json",
-            str(folder / "reports.json"),
-            *options,
-            *arguments,
-        ],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    reports = json.loads((folder / "reports.json").read_text())
-    assert len(reports) == len(arguments) or not arguments
-    return run.stdout, reports
+def _compile(arguments: list[str], folder: Path) -> list[dict[str, Any]]:
+    """Reports of some variants, by the installed Triton."""
+    _, reports = compile_reports(folder, arguments=arguments)
+    assert len(reports) == len(arguments)
+    return reports
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +52,13 @@ def defaults(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, tuple[i
 
     def compile_defaults(version: str, capabilities: tuple[int, ...]) -> Compiled | str:
         triton = None
-        if version != INSTALLED:
+        if version != SERVED:
             triton = ROOT / "build" / f"triton-{version}"
             missing = fetch(f"triton=={version}", triton)
             if missing is not None:
                 return missing
         only = [] if capabilities == GENERATIONS else ["--capabilities", *map(str, capabilities)]
-        return _compile([], tmp_path_factory.mktemp(f"triton-{version}"), triton=triton, options=only)
+        return compile_reports(tmp_path_factory.mktemp(f"triton-{version}"), triton=triton, arguments=only)
 
     results: dict[tuple[str, tuple[int, ...]], Compiled | str] = {}
 
@@ -106,7 +80,7 @@ def _known(table: dict[tuple[Any, ...], int], version: str, report: dict[str, An
     return table.get((version, variant["capability"], variant["kernel"], variant["head_size"])) if same else None
 
 
-def _assert_fits(report: dict[str, Any], version: str = INSTALLED) -> None:
+def _assert_fits(report: dict[str, Any], version: str = SERVED) -> None:
     assert report["spill_bytes"] == (_known(SPILLS, version, report) or 0), report
     assert 0 < report["registers"] <= 255, report
     assert 0 <= report["shared_bytes"] <= SHARED_KIB[report["variant"]["capability"]] * 1024, report
@@ -115,7 +89,7 @@ def _assert_fits(report: dict[str, Any], version: str = INSTALLED) -> None:
 Defaults = Callable[[str, tuple[int, ...]], Compiled]
 
 
-@pytest.mark.parametrize(("version", "capabilities"), VERSIONS)
+@pytest.mark.parametrize(("version", "capabilities"), COMPILERS)
 class TestDataCentreGpus:
     def test_covers_the_table(self, defaults: Defaults, version: str, capabilities: tuple[int, ...]) -> None:
         text, reports = defaults(version, capabilities)
@@ -161,21 +135,26 @@ class TestDataCentreGpus:
         ]
         assert len(loops) == 2
         assert 0 < 2 * max(loops) <= 1024
-        if version == INSTALLED:
-            assert loops == [INSTRUCTIONS] * 2
+
+    def test_is_what_is_stored(self, defaults: Defaults, version: str, capabilities: tuple[int, ...]) -> None:
+        """Bounds and documented tables are made of the stored reports."""
+        stored = [report for report in read_reports(version) if report["variant"]["capability"] in capabilities]
+        assert stored == defaults(version, capabilities)[1], (
+            f"run python -m benchmarks.kernels.compile_tables --compile {version}, "
+            "then python -m benchmarks.kernels.prediction --write"
+        )
 
 
-@pytest.mark.slow
-def test_the_documented_table_is_what_compiles(defaults: Defaults) -> None:
-    text, _ = defaults(INSTALLED, GENERATIONS)
-    assert text in (ROOT / "docs/kernels.md").read_text(), "docs/kernels.md: run triton_compile and paste its output"
+def test_the_documented_tables_are_the_stored_ones() -> None:
+    page = PAGE.read_text()
+    assert fill(page, parts()) == page, "run python -m benchmarks.kernels.compile_tables"
 
 
 @pytest.mark.parametrize(
     "capability", [86, *(pytest.param(capability, marks=pytest.mark.slow) for capability in (89, 120))]
 )
 def test_gpus_with_little_shared_memory(capability: int, tmp_path: Path) -> None:
-    for report in _compile([f"{capability},{head_size},bf16,bf16" for head_size in (64, 128, 256)], tmp_path)[1]:
+    for report in _compile([f"{capability},{head_size},bf16,bf16" for head_size in (64, 128, 256)], tmp_path):
         _assert_fits(report)
 
 
@@ -183,7 +162,7 @@ def test_gpus_with_little_shared_memory(capability: int, tmp_path: Path) -> None
 def test_gqa_groups_and_page_sizes(capability: int, tmp_path: Path) -> None:
     shapes = [(1, 16), (7, 16), (8, 48), (4, 64), (4, 128), (4, 784)]
     variants = [f"{capability},128,bf16,bf16,{group},{size}" for group, size in shapes]
-    for report in _compile([*variants, f"{capability},128,bf16,bf16,4,16,200"], tmp_path)[1]:
+    for report in _compile([*variants, f"{capability},128,bf16,bf16,4,16,200"], tmp_path):
         _assert_fits(report)
         assert report["matrix_instruction"] == MATRIX_INSTRUCTION[capability], report
         assert report["loop_waits"] <= 2, report
@@ -195,7 +174,7 @@ def test_sparse_prefill_on_gpus_with_little_shared_memory(capability: int, tmp_p
     kernels = ("sparse-64", "sparse-128", *ESTIMATES)
     for report in _compile(
         [f"{capability},{d},bf16,bf16,{kernel}" for kernel in kernels for d in (128, 256)], tmp_path
-    )[1]:
+    ):
         _assert_fits(report)
 
 
@@ -211,7 +190,7 @@ def test_what_sparse_prefill_may_have_to_do(capability: int, tmp_path: Path) -> 
         for sparse in ("plain", "columns", "columns,band,soft_cap")
     ]
     variants += [f"{capability},{d},bf16,{fp8},4,48,sparse-128,columns,band,soft_cap" for d in (64, 256)]
-    for report in _compile(variants, tmp_path)[1]:
+    for report in _compile(variants, tmp_path):
         _assert_fits(report)
         assert report["matrix_instruction"] == MATRIX_INSTRUCTION[capability], report
         assert capability != 90 or 1 <= report["loop_waits"] <= 2, report
@@ -224,6 +203,6 @@ def test_fp32_stays_ieee(head_size: int, tmp_path: Path) -> None:
     """No tensor core: those would round fp32 to TF32."""
     kernels = ("prefill", "sparse-64", "sparse-128", *ESTIMATES)
     variants = [f"90,{head_size},fp32,fp32,{kernel}" for kernel in kernels]
-    for report in _compile(variants, tmp_path)[1]:
+    for report in _compile(variants, tmp_path):
         _assert_fits(report)
         assert report["matrix_instruction"] == "", report
