@@ -35,10 +35,10 @@ _WORTH = 0.02
 
 def layer_line(report: Report) -> None:
     """The triangle layer against the device's dense attention, by prompt length."""
-    layer = _layer(report, report.settings["layer"])
+    started, layer = time.monotonic(), _layer(report, report.settings["layer"])
     names = [dense_baseline(layer), report.settings["ours"]]
     measured = {length: _ready(report, layer, length, names) for length in report.settings["lengths"]}
-    _time(report, {words(length): measurement for length, measurement in measured.items()})
+    _time(report, {words(length): measurement for length, measurement in measured.items()}, started)
     goals = dict(report.settings["targets"])
     said, reached = [], []
     for length, measurement in measured.items():
@@ -58,11 +58,11 @@ def layer_line(report: Report) -> None:
 
 def ways(report: Report) -> None:
     """The ways of prefill behind one interface, each checked against its own mask."""
-    layer = _layer(report, report.settings["layer"])
+    started, layer = time.monotonic(), _layer(report, report.settings["layer"])
     dense = dense_baseline(layer)
     names = [dense, *report.settings["ways"]]
     measured = {length: _ready(report, layer, length, names) for length in report.settings["lengths"]}
-    _time(report, {words(length): measurement for length, measurement in measured.items()})
+    _time(report, {words(length): measurement for length, measurement in measured.items()}, started)
     said = []
     for length, measurement in measured.items():
         timed = {name: result for name, result in measurement.results.items() if result.samples}
@@ -73,7 +73,7 @@ def ways(report: Report) -> None:
 
 def tile_table(report: Report) -> None:
     """Which launch shape is the fastest, by head size; the shipped one first, the line to paste where another wins."""
-    settings, device = report.settings, torch.device(report.device)
+    started, settings, device = time.monotonic(), report.settings, torch.device(report.device)
     layers = {shape["head_size"]: _layer(report, shape) for shape in settings["layers"]}
     named = {size: [settings["ours"], *_candidates(settings, size)] for size in layers}
     compiled = _compile([(layers[size], name) for size, names in named.items() for name in _able(layers[size], names)])
@@ -82,7 +82,7 @@ def tile_table(report: Report) -> None:
         size: _ready(report, layers[size], settings["length"], names, what=f"d{size} ", may_fail=names[1:])
         for size, names in named.items()
     }
-    _time(report, {f"d{size}": measurement for size, measurement in measured.items()})
+    _time(report, {f"d{size}": measurement for size, measurement in measured.items()}, started)
     said, table = [], []
     for size, measurement in measured.items():
         shipped = measurement.results[settings["ours"]]
@@ -157,8 +157,9 @@ def _ready(
     return measurement
 
 
-def _time(report: Report, measured: dict[str, Measurement]) -> None:
-    """Rounds over all of them while the device is this stage's, saved after each."""
+def _time(report: Report, measured: dict[str, Measurement], started: float) -> None:
+    """Rounds over all of them while the device is this stage's, saved after each; ``started`` is when it began."""
+    report.figure(ready_s=time.monotonic() - started)
     right = {(what, name) for what, each in measured.items() for name in _right(each)}
     report.alone()
     for number in range(report.settings["repeats"]):

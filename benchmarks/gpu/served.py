@@ -131,8 +131,11 @@ class _Stage:
         right = ("TRIMIX" in facts["backends"]) is (name != STOCK)
         line = f"ready after {facts['ready']:.0f} s, {facts['backends']}, {facts['kv_tokens']} tokens of KV cache"
         self._report.check(f"{name}: backend", right, line)
+        # Serving compiles nothing: a first prompt that takes seconds longer than later ones says otherwise.
+        first = facts["first_prompt_s"] = {}
         for mode in (None,) if name == STOCK else MODES:
-            self._generate(name, mode, self._settings["warm_up"])
+            first[mode or STOCK] = self._generate(name, mode, self._settings["warm_up"])["ttft_s"]
+            self._report.figure(engines=self._facts)
 
     def measure(self, box: float) -> None:
         """Fills the box with rounds, and concludes after each."""

@@ -110,6 +110,10 @@ class Results:
         off, stock = self._by_round(engine, "off", length), self._by_round("stock", None, length)
         return [off[number] / stock[number] for number in off if number in stock]
 
+    def stock_lengths(self) -> list[int]:
+        """Lengths that stock's own engine was asked."""
+        return sorted({sample["length"] for sample in self.samples if sample["mode"] is None})
+
     def _by_round(self, engine: str, mode: str | None, length: int) -> dict[Any, float]:
         return {
             sample["round"]: sample["ttft_s"]
@@ -158,6 +162,14 @@ def targets(results: Results, engines: list[str], *, longest: int, at_density: f
         seen = of(results.speedups(first, "triangle", length))
         met = seen["interval"][1] >= 1 if seen else None
         found.append({"target": f"never slower at {length} tokens", "seen": seen, "met": met})
+    for length in results.stock_lengths():
+        seen = of(results.stock_ratios(first, length))
+        met = abs(seen["median"] - 1) <= _NOISE if seen else None
+        found.append({"target": f"opted out as fast as stock's engine, {words(length)}", "seen": seen, "met": met})
+    mine, stock = results.between_ms(first), results.between_ms("stock")
+    share = mine / stock if mine and stock else None
+    met = None if share is None else share <= 1 + _NOISE
+    found.append({"target": "between tokens: as fast as stock's engine", "seen": share, "met": met})
     return found
 
 
@@ -179,7 +191,7 @@ def lines(results: Results, engines: list[str], lengths: list[int]) -> str:
                 parts.append(f"{label} {seconds:.3g} s {speedup['median']:.2f}x")
             where = words(length) if number == 0 else f"{engine} {words(length)}"
             found.append(f"{where}: {', '.join(parts)}")
-    for length in sorted({sample["length"] for sample in results.samples if sample["mode"] is None}):
+    for length in results.stock_lengths():
         ratio = of(results.stock_ratios(engines[0], length))
         if ratio is not None:
             same = "as fast as" if abs(ratio["median"] - 1) <= _NOISE else "NOT as fast as"

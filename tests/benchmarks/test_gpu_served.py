@@ -174,7 +174,8 @@ def test_all_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "trimix_128 512: stock 1 s, triangle 0.5 s 2.00x, pattern (density 0.10) 0.25 s 4.00x; "
         "opted out as fast as stock's engine (1.000 at 512); between tokens 20.00 ms, stock 20.00 (1.000)"
     )
-    assert [target["met"] for target in result["targets"]] == [True, True, None, True]
+    assert [target["met"] for target in result["targets"]] == [True, True, None, True, True, True]
+    assert result["engines"]["trimix_128"]["first_prompt_s"] == {"off": 0.5, "triangle": 0.25, "on": 0.125}
 
 
 @pytest.mark.parametrize(
@@ -310,9 +311,17 @@ def test_densities_and_targets() -> None:
 
     # 12 / 8 is the median of the pairs, 11 / 8 that of the medians.
     assert results.speedups("a", "triangle", 1024) == [10 / 7, 12 / 8, 11 / 9]
-    assert found(0.2) == [False, True, None, None, True]
+    assert found(0.2) == [False, True, None, None, True, None]
     # Denser than the promise is made for: nothing is known of it.
-    assert found(0.1) == [False, None, None, None, True]
+    assert found(0.1) == [False, None, None, None, True, None]
+    # Stock's own engine: 10 / 9.9, 12 / 11.9 and 11 / 10.9 are within 2%, tokens that come 3% later are not.
+    add("stock", None, [9.9, 11.9, 10.9])
+    results.between = {"a": [[0.0103] * 3], "stock": [[0.01] * 3]}
+    assert found(0.1)[-2:] == [True, False]
+    results.between["a"] = [[0.0101] * 3, [0.0103] * 3, [0.0101] * 3]
+    assert found(0.1)[-2:] == [True, True]
+    results.samples.extend({**each, "ttft_s": 9.0} for each in results.samples[-3:])
+    assert found(0.1)[-2:] == [False, True]
     share = served_results.targets(results, ["a", "b"], longest=1024, at_density=1, short=[])[2]["seen"]
     assert share == pytest.approx(1.25 / (10 / 7))
 
