@@ -27,8 +27,7 @@ def flash_beside_kernel(case: Any, device: str) -> dict[str, Any]:
     if isinstance(found, str):
         return {"skipped": found}
     try:
-        from vllm.vllm_flash_attn import flash_attn_varlen_func
-        from vllm.vllm_flash_attn.flash_attn_interface import is_fa_version_supported
+        from vllm.vllm_flash_attn import flash_attn_varlen_func, is_fa_version_supported
     except ImportError as error:
         return {"skipped": f"vLLM's FlashAttention can't be imported: {error}"}
     version = 3 if is_fa_version_supported(3) else 2
