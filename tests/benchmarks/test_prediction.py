@@ -133,7 +133,8 @@ class TestOneLayer:
         for length, chunk in itertools.product(LENGTHS, CHUNKS):
             bound = predict_layer(device, length, chunk, way)
             assert max(bound.alone.values()) <= bound.seconds * (1 + 1e-9)
-            assert bound.resource in bound.alone
+            assert sum(bound.deciding.values()) == bound.seconds
+            assert bound.deciding[bound.resource] == max(bound.deciding.values())
 
     @pytest.mark.parametrize("way", WAYS)
     def test_more_memory_bandwidth_never_slows(self, way: str) -> None:
@@ -278,6 +279,7 @@ class TestBounds:
         assert ((one + other).seconds, slower(one, other).seconds) == (5.0, 3.0)
         assert dict((one + one + other).alone) == {"L2": 4.0, "HBM": 3.0}
         assert (one + one + other).resource == "L2"
+        assert slower(one, other).resource == "HBM"
         assert (NOTHING + one).seconds == 2.0
 
     def test_chunks_cover_the_prompt(self) -> None:

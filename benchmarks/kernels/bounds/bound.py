@@ -23,35 +23,44 @@ class Bound:
     """The least time of some launches, one after the other.
 
     Attributes:
-        seconds: At best: for each launch its slowest resource, latencies and the uneven end included.
         alone: Seconds that each resource needs if nothing else takes any.
+        deciding: The launches' seconds at best, by the resource that decides each; latencies and the uneven end go with
+            what a multiprocessor is busy with.
     """
 
-    seconds: float
     alone: Mapping[str, float]
+    deciding: Mapping[str, float]
 
     def __add__(self, other: Bound) -> Bound:
-        names = {**self.alone, **other.alone}
-        alone = {name: self.alone.get(name, 0.0) + other.alone.get(name, 0.0) for name in names}
-        return Bound(self.seconds + other.seconds, alone)
+        return Bound(_sums(self.alone, other.alone), _sums(self.deciding, other.deciding))
+
+    @property
+    def seconds(self) -> float:
+        """At best."""
+        return sum(self.deciding.values())
 
     @property
     def resource(self) -> str:
-        """The one that needs the most, latencies aside."""
-        return max((name for name in self.alone if name != "latencies"), key=lambda name: self.alone[name], default="")
+        """The one that decides most of it."""
+        return max(self.deciding, key=lambda name: self.deciding[name], default="")
 
 
-NOTHING = Bound(0.0, {})
+NOTHING = Bound({}, {})
+
+
+def _sums(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    return {name: one.get(name, 0.0) + other.get(name, 0.0) for name in {**one, **other}}
 
 
 def flat(seconds: float, name: str) -> Bound:
     """A time that isn't made of programs."""
-    return Bound(seconds, {name: seconds})
+    return Bound({name: seconds}, {name: seconds})
 
 
 def slower(*parts: Bound) -> Bound:
     """What runs at the same time and ends with the slowest."""
-    return Bound(max(part.seconds for part in parts), {name: s for part in parts for name, s in part.alone.items()})
+    slowest = max(parts, key=lambda part: part.seconds)
+    return Bound({name: seconds for part in parts for name, seconds in part.alone.items()}, slowest.deciding)
 
 
 @dataclass(frozen=True)
@@ -129,7 +138,10 @@ def launch_bound(
     alone["latencies"] = len(steps) * _FIXED_CYCLES / (slots * device.clock)
     # Programs that share a multiprocessor share its throughput, and hide each other's latencies.
     busy = _makespan(steps * cost.most * min(compiled.programs, -(-len(steps) // device.multiprocessors)), slots)
-    return Bound(max(busy / device.clock, alone["L2"], alone["HBM"]), alone)
+    local = max(cost.cycles, key=lambda name: cost.cycles[name])
+    ends = {local: busy / device.clock, "L2": alone["L2"], "HBM": alone["HBM"]}
+    last = max(ends, key=lambda name: ends[name])
+    return Bound(alone, {last: ends[last]})
 
 
 def _makespan(cycles: np.ndarray, slots: int) -> float:

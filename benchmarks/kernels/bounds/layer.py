@@ -63,8 +63,9 @@ def predict_layer(
     """The least time of one triangle layer for a whole prompt, alone in its batch.
 
     Llama-3.1-8B's heads (32 query, 8 KV, size 128), bf16, pages of 16 tokens; ``n_init`` 8, ``n_local`` 512, ``last_n``
-    128. No measurement may be below it. What is missing from it: waits that the resources don't explain, bank
-    conflicts, and on Blackwell instructions and tensor-memory traffic.
+    128. A measurement may be below it only as far as the device's numbers are: a higher clock, a faster L2. What is
+    missing from it: waits that the resources don't explain, bank conflicts, and on Blackwell instructions and
+    tensor-memory traffic.
 
     Args:
         device_name: A key of ``DEVICES``; ``device_for`` finds it.
