@@ -79,11 +79,14 @@ def product_of_shapes() -> list[Situation]:
 
 def compiled() -> list[Situation]:
     """What is compiled: heads, head sizes, pages, dtypes and GPUs in pairs; no kernel knows of lengths."""
-    axes = {name: _SHAPES[name] for name in ("heads", "head_size", "page", "dtypes", "capability")}
-    rows = covering(axes)
-    found = [of_values(**row) for row in rows]
+    rows = covering({name: _SHAPES[name] for name in ("heads", "head_size", "page", "dtypes", "capability")})
     kinds = ("vertical_slash", "a_shape", "block_sparse", "flexprefill")
-    return found + [
-        of_values(**row, tp=min(8, row["heads"][1]), pattern=kinds[number % 4], step="chunk2048")
-        for number, row in enumerate(rows)
+    largest = [Situation("chunk2048", (64, 1), 1, 256, 784, "fp32", capability=each) for each in CAPABILITIES]
+    return [
+        *largest,
+        *(of_values(**row) for row in rows),
+        *(
+            of_values(**row, tp=min(8, row["heads"][1]), pattern=kinds[number % 4], step="chunk2048")
+            for number, row in enumerate(rows[::2])
+        ),
     ]

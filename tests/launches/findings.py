@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tests.launches import limits
-from tests.launches.recorder import Launch, Recording, recording
+from tests.launches.launch import Launch
+from tests.launches.recorder import Recording, recording
 from tests.launches.situations import Layer, Situation
 
 ONCE = ("base.py:per_head",)
@@ -62,6 +63,7 @@ def compile_kernel(key: str) -> dict[str, Any]:
     from vllm_trimix.kernels.triton_compile import _inspect
 
     launch = _LAUNCHES[key]
+    assert launch.source is not None
     compiled = launch.source()
     usage, _ = _inspect(compiled.asm["cubin"])
     report = {

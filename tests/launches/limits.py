@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.launches.recorder import Launch, TensorArgument
+from tests.launches.launch import Launch, TensorArgument
 from vllm_trimix.plan import Span
 
 MAX_GRID = (2**31 - 1, 65535, 65535)
@@ -105,7 +105,9 @@ def _of_merges(launch: Launch, merges: np.ndarray) -> Iterator[str]:
     out = launch.tensors["out_ptr"]
     checks: dict[str, Any] = {
         f"rows outside {out.shape[0]}": (first < 0) | (first + rows > out.shape[0]),
-        f"slots outside {partials}": (slot < 0) | (slots < 1) | (slot + slots > partials),
+        f"slots outside {partials}": (slot < 0) | (slots < 0) | (slot + slots > partials),
+        # An idle merge has neither.
+        "rows without a slot": (slots == 0) & (rows > 0),
     }
     yield from (what for what, found in checks.items() if np.any(found))
 

@@ -19,63 +19,16 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.compiler import ASTSource, make_backend
 from triton.compiler import compile as compile_source
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from tests.launches.launch import Launch, argument_of
 from vllm_trimix.backend import builder, prefill
 from vllm_trimix.kernels import triton_configs, triton_estimate, triton_sparse, triton_triangle
 
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
 """Of the largest GPU of each compute capability: A100, A40, L40S, H200, B200, RTX PRO 6000."""
-
-
-@dataclass(frozen=True)
-class TensorArgument:
-    """A tensor as a launch gets it.
-
-    Attributes:
-        shape: Its shape.
-        strides: In elements.
-        dtype: Its name in torch.
-        offset: Bytes from the start of its allocation, which CUDA aligns to 512 bytes.
-        extent: Bytes from its first element to the end of its last.
-        values: What is in it, where the host made it.
-    """
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: str
-    offset: int
-    extent: int
-    values: np.ndarray | None = field(default=None, compare=False)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One launch.
-
-    Attributes:
-        kernel: Name of the kernel.
-        grid: Programs.
-        tensors: By argument.
-        numbers: Run-time integers and floats, by argument.
-        constants: Compile-time arguments.
-        aligned: Arguments that the kernel is compiled for multiples of 16 of.
-        key: What Triton keys the compiled kernel on.
-        num_warps: Warps of a program.
-        source: Makes the compiled kernel.
-    """
-
-    kernel: str
-    grid: tuple[int, ...]
-    tensors: dict[str, TensorArgument]
-    numbers: dict[str, float]
-    constants: dict[str, Any]
-    aligned: tuple[str, ...]
-    key: str
-    num_warps: int
-    source: functools.partial[CompiledKernel] = field(compare=False, repr=False)
 
 
 @dataclass
@@ -189,7 +142,7 @@ def _launch(
     # The tensors' contents: those that the host uploaded.
     values = {id(tensor): array for tensor, array in host}
     tensors = {
-        name: _argument(value, values.get(id(value)))
+        name: argument_of(value, values.get(id(value)))
         for name, value in bound.items()
         if isinstance(value, torch.Tensor)
     }
@@ -217,16 +170,3 @@ def _binder(kernel: JITFunction, capability: int) -> tuple[Any, Any, GPUTarget]:
     target = GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
     return create_function_from_signature(kernel.signature, kernel.params, backend), backend, target
-
-
-def _argument(tensor: torch.Tensor, values: np.ndarray | None) -> TensorArgument:
-    size = tensor.element_size()
-    last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return TensorArgument(
-        shape=tuple(tensor.shape),
-        strides=tensor.stride(),
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        offset=int(tensor.storage_offset()) * size,
-        extent=(last + 1) * size if tensor.numel() else 0,
-        values=values,
-    )
