@@ -16,14 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import tests.backend.cuda_on_cpu as hardware
+from tests.backend import launches
 from tests.backend.report import DENSE, STOCK_TAILS
 
 
 def main() -> None:
     out, names = Path(sys.argv[1]), sys.argv[2:]
     hardware.torch.set_num_threads(1)
+    recorder = launches.Recorder()
+    recorder.install()
     hardware.use_cpu()
     model_runner = hardware.import_model_runner()
+    recorder.install_backend()
     from tests.backend.v2_scenarios import SCENARIOS
     from vllm_trimix.backend.registration import register_trimix
 
@@ -33,7 +37,9 @@ def main() -> None:
         report: dict[str, Any] = {"facts": {name: facts(partial(make, name)) for name in DENSE}, "scenarios": {}}
         for dense in DENSE:
             for name in names or SCENARIOS:
-                report["scenarios"][f"{dense}-{name}"] = run(SCENARIOS[name], partial(make, dense))
+                recorder.take()
+                found = run(SCENARIOS[name], partial(make, dense, step_begins=recorder.next_step))
+                report["scenarios"][f"{dense}-{name}"] = {**found, "launches": recorder.take()}
     report["runners"] = runners()
     out.write_text(json.dumps(report))
 
@@ -58,6 +64,7 @@ class EngineFactory:
         num_speculative_tokens: int = 0,
         shallow: bool = True,
         seed: int = 0,
+        step_begins: Callable[[], None] | None = None,
     ) -> Any:
         from vllm.config.compilation import CUDAGraphMode
 
@@ -84,7 +91,21 @@ class EngineFactory:
         config.compilation_config.cudagraph_capture_sizes = [1, 2, 4, 8, 16, 32] if full_graphs else []
         config.compilation_config.max_cudagraph_capture_size = 32 if full_graphs else 0
         config.compilation_config.static_forward_context.clear()
-        return Engine(self.model_runner, config, dense, layout=layout, seed=seed)
+        engine = Engine(self.model_runner, config, dense, layout=layout, seed=seed)
+        if step_begins is not None:
+            _tell(engine, step_begins)
+        return engine
+
+
+def _tell(engine: Any, step_begins: Callable[[], None]) -> None:
+    """Before each of the engine's steps, warm-up batches included."""
+    execute = engine.runner.execute_model
+
+    def executed(*args: Any, **kwargs: Any) -> Any:
+        step_begins()
+        return execute(*args, **kwargs)
+
+    engine.runner.execute_model = executed
 
 
 def run(scenario: Callable[..., Any], make: Callable[..., Any]) -> dict[str, Any]:
