@@ -64,6 +64,11 @@ def test_what_was_launched_and_how_long_it_took_to_compile(tmp_path: Path) -> No
     with Crew(1, prepare=nothing, sound=nothing) as crew:
         [ended] = crew.run([Task("", compiled, (str(tmp_path),))], limit=300)
     assert ended.how == "returned", (ended.error, ended.trace)
+    with Crew(1, prepare=nothing, sound=nothing) as crew:
+        [later] = crew.run([Task("", compiled, (str(tmp_path),))], limit=300)
+    # Another process found it in Triton's cache.
+    assert later.value["first"] == ended.value["first"]
+    assert later.value["first compile_s"] == 0
     [facts] = ended.value["first"]
     assert ended.value["again"] == [facts]
     assert ended.value["empty"] == []
