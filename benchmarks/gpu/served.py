@@ -43,6 +43,9 @@ def served(report: Report) -> None:
         engines = {}
         for name, job in jobs.items():
             environment = {"VLLM_NO_USAGE_STATS": "1"} | ({"VLLM_PLUGINS": ""} if name == STOCK else {})
+            if not report.cuda:
+                # The engines of a rehearsal share cores: threads that spin while they wait would take the others'.
+                environment["OMP_NUM_THREADS"] = "1"
             child = {"engine": engine_arguments(report.settings, name, job, str(model)), "stock": name == STOCK}
             log = report.folder / f"{name}.log"
             engines[name] = stack.enter_context(Engine(name, child, log, environment=environment))
