@@ -126,6 +126,7 @@ class _Results:
         self._skipped: list[str] = []
         self._left: list[str] = []
         self._entries: dict[str, dict[str, Any]] = {}
+        self._variants: dict[str, dict[str, Any]] = {}
         self._written = time.monotonic()
 
     def add(self, ended: Ended) -> None:
@@ -138,7 +139,10 @@ class _Results:
             self._skipped.append(name)
             self._say(name, "skipped", ended)
             return
-        entry = ended.value if ended.how == "returned" else {"error": ended.error, "trace": ended.trace}
+        entry = dict(ended.value) if ended.how == "returned" else {"error": ended.error, "trace": ended.trace}
+        # Many cases share a compiled kernel.
+        self._variants |= {facts["hash"]: facts for facts in entry.get("variants", [])}
+        entry["variants"] = [facts["hash"] for facts in entry.get("variants", [])]
         self._entries[name] = entry
         if entry["error"]:
             self.failed[name] = entry["error"]
@@ -174,6 +178,7 @@ class _Results:
             cases_skipped=self._skipped,
             cases_left=self._left,
             case_results=self._entries,
+            variants=self._variants,
             # Of all workers together.
             case_seconds={
                 what: round(sum(each.get(what, 0.0) for each in seconds), 2)

@@ -19,8 +19,9 @@ from benchmarks.gpu.one_case import RIGHT
 
 _NAME = "compute-sanitizer"
 _TOOLKIT = Path("/usr/local/cuda/bin")
-# Where NVIDIA's Python packages for CUDA 13 and 12 put it.
-_PACKAGES = ("nvidia/cu13/bin", "nvidia/cuda_sanitizer_api/bin")
+# Where NVIDIA's Python packages for CUDA 13 and 12 put it. Those for 13.0 to 13.3 and 12.9 lack its program
+# TreeLauncherSubreaper, without which it starts nothing; 13.5 has it.
+_PACKAGES = ("nvidia/cu13/compute-sanitizer", "nvidia/cu13/bin", "nvidia/cuda_sanitizer_api/bin")
 # PyTorch's own kernels would cost most of the box.
 _KERNELS = ("triangle_prefill_kernel", "merge_partials_kernel", "sparse_prefill_kernel", "estimate_kernel")
 _REFUSALS = ("device not supported", "not supported on this", "not supported by platform", "insufficient driver")
@@ -145,8 +146,8 @@ def read(text: str, case: str, *, box: float, ended: bool) -> tuple[Outcome, str
         return "clean", "no error, and the answer is right", [summary[0]]
     if summary and f"case {case} " in text:
         return "clean", "no error, though the answer is wrong", [summary[0]]
-    last = _plain(said[-1]) if said else "it printed nothing"
-    return "proved nothing", f"the case did not run to its end under it: {last}", said[-_LINES:]
+    reason = next((line for line in said if "Error" in line), said[-1] if said else "it printed nothing")
+    return "proved nothing", f"the case did not run to its end under it: {_plain(reason)}", said[-_LINES:]
 
 
 def _is_error(line: str) -> bool:

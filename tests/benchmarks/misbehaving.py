@@ -22,7 +22,7 @@ def misbehave(how: str) -> int:
 def pass_slowly(case: object, device: str) -> dict[str, object]:
     """In place of an attempt at a case; without a launch."""
     time.sleep(0.4)
-    return {"error": "", "of_budget": 0.5, "seconds": {"run": 0.1}, "variants": []}
+    return {"error": "", "of_budget": 0.5, "seconds": {"run": 0.1}, "variants": [{"hash": "abc", "registers": 9}]}
 
 
 def nothing() -> None:

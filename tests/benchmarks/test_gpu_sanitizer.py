@@ -89,7 +89,7 @@ def test_where_the_sanitizer_is_looked_for(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(sanitizer, "_TOOLKIT", tmp_path / "toolkit")
     assert sanitizer.find([str(tmp_path)]) is None
     assert sanitizer.Run("gqa4", "memcheck", 1.0).finish().outcome == "missing"
-    for part in ("nvidia/cuda_sanitizer_api/bin", "nvidia/cu13/bin"):
+    for part in ("nvidia/cuda_sanitizer_api/bin", "nvidia/cu13/bin", "nvidia/cu13/compute-sanitizer"):
         program = tmp_path / part / "compute-sanitizer"
         program.parent.mkdir(parents=True)
         program.touch()

@@ -252,6 +252,9 @@ def test_cases_that_the_box_leaves_are_no_failures_but_the_first_are(
     assert checks == {"cases": True, "first cases": enough}
     assert result["cases_left"] == ([] if enough else list(cases)[1:])
     assert result["cases_passed"] == (4 if enough else 1)
+    assert result["variants"] == {"abc": {"hash": "abc", "registers": 9}}
+    assert result["case_results"]["served-band"]["variants"] == ["abc"]
+    assert result["case_seconds"]["run"] == pytest.approx(0.1 * result["cases_passed"])
 
 
 def test_the_ranking() -> None:
