@@ -22,7 +22,7 @@ def _engine(name: str, scenario: str, *, graphs: bool, toy: str) -> Stage:
         "benchmarks.gpu.engine:logprobs",
         80,
         f"model runner {runner.upper()}, {how}: log-probabilities and row counters against the masked model",
-        {"runner": runner, "graphs": graphs, "scenarios": [scenario]},
+        {"runner": runner, "graphs": graphs, "scenarios": [scenario], "reruns": 1},
         {"scenarios": [toy], "graphs": False},
         use="beside",
         limit=_ENGINE_LIMIT,
@@ -46,6 +46,21 @@ def _circuit(lookup: str, summary: str) -> Stage:
 
 
 FIRST = [
+    Stage(
+        "kernel_reference",
+        "benchmarks.gpu.kernel_reference:kernel_reference",
+        100,
+        "the Triton kernels against their definitions, those first that most people run",
+        {"cases": "ranked", "box": 75, "triage": 25, "sanitize": 40},
+        {
+            "cases": ["bfloat16-len63", "d128-float16", "sparse-65-columns", "estimate-64-rows-65-keys"],
+            "box": 300,
+            "sanitize": 0,
+        },
+        use="beside",
+        limit=165,
+        device=75,
+    ),
     Stage(
         "smoke",
         "benchmarks.gpu.smoke:smoke",

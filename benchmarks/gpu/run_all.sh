@@ -6,7 +6,8 @@
 #   benchmarks/gpu/run_all.sh --toy             a rehearsal at toy size; needs no GPU
 #   benchmarks/gpu/run_all.sh --list            the stages;  --only NAME,... runs some of them;  --help says the rest
 #   benchmarks/gpu/run_all.sh --archive DIR     with a packed vLLM: a folder whose unpack.sh, called with the folder and
-#                                               a target, fills the target with packages and, in bin, vllm; default .vp
+#                                               a target, fills the target with packages; default .vp, where the
+#                                               interpreter has no vLLM
 #
 # PYTHON names the interpreter; the default is the checkout's .venv, else python3. Nothing is installed or downloaded:
 # what vLLM must find of this checkout is written to a folder of its own under ${TMPDIR:-/tmp} and named in PYTHONPATH.
@@ -37,15 +38,14 @@ while [ $# -gt 0 ]; do
     shift
 done
 
-if [ -n "$archive" ]; then
-    [ -d "$archive" ] || die "--archive: no folder '$archive'"
-elif [ -d "$root/.vp" ]; then
-    archive=$root/.vp
-fi
+[ -z "$archive" ] || [ -d "$archive" ] || die "--archive: no folder '$archive'"
 if [ -z "${PYTHON:-}" ]; then
     if [ -z "$archive" ] && [ -x "$root/.venv/bin/python" ]; then PYTHON=$root/.venv/bin/python; else PYTHON=python3; fi
 fi
 python=$(command -v "$PYTHON") || die "no interpreter '$PYTHON'; name one: PYTHON=/path/to/python3"
+# A packed vLLM that lies ready is for interpreters that have none.
+has_vllm='import importlib.util, sys; sys.exit(importlib.util.find_spec("vllm") is None)'
+if [ -z "$archive" ] && [ -d "$root/.vp" ] && ! "$python" -c "$has_vllm" 2>/dev/null; then archive=$root/.vp; fi
 
 # One folder for each user, checkout and archive; a second call finds everything in place.
 key=$(printf '%s\n' "$root" "$python" "$archive" "$(cat "${archive:-/nowhere}/MANIFEST" 2>/dev/null || true)" | cksum)

@@ -129,7 +129,9 @@ def _parser(programs: Mapping[str, Program]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--resume", type=Path, metavar="FILE", help="a bundle's results.json: what passed is kept")
     # Read by run_all.sh, named here for --help.
-    parser.add_argument("--archive", metavar="DIR", help="folder of a packed vLLM with its unpack.sh; default: .vp")
+    parser.add_argument(
+        "--archive", metavar="DIR", help="packed vLLM with its unpack.sh; default: .vp, if there is none"
+    )
     parser.add_argument("--toy", action="store_true", help="rehearse every stage at toy size; needs no GPU")
     parser.add_argument("--only", metavar="STAGE,...", help="run these stages, in the usual order")
     parser.add_argument("--list", action="store_true", help="say which stages there are, and stop")
