@@ -78,15 +78,28 @@ def product_of_shapes() -> list[Situation]:
 
 
 def compiled() -> list[Situation]:
-    """What is compiled: heads, head sizes, pages, dtypes and GPUs in pairs; no kernel knows of lengths."""
-    rows = covering({name: _SHAPES[name] for name in ("heads", "head_size", "page", "dtypes", "capability")})
-    kinds = ("vertical_slash", "a_shape", "block_sparse", "flexprefill")
-    largest = [Situation("chunk2048", (64, 1), 1, 256, 784, "fp32", capability=each) for each in CAPABILITIES]
-    return [
-        *largest,
-        *(of_values(**row) for row in rows),
-        *(
-            of_values(**row, tp=min(8, row["heads"][1]), pattern=kinds[number % 4], step="chunk2048")
-            for number, row in enumerate(rows[::2])
-        ),
-    ]
+    """What is compiled: for each GPU the widest tiles, and other heads, sizes, pages and dtypes in turn."""
+    found = []
+    patterns = ("flexprefill", "a_shape", "block_sparse")
+    for number, capability in enumerate(CAPABILITIES):
+        small = {"step": "chunk2048", "capability": capability}
+        heads, other = HEADS[number % 4], HEADS[(number + 1) % 4]
+        pages = [PAGES[(number + turn) % 7] for turn in range(4)]
+        # Of dtypes and head sizes six, the last ones being the widest's.
+        dtypes, size, next_size = DTYPES[number], HEAD_SIZES[number], HEAD_SIZES[(number + 3) % 6]
+        found += [
+            Situation(heads=(64, 1), head_size=256, page=784, dtype="fp32", **small),
+            Situation(heads=heads, head_size=256, page=pages[0], **small),
+            of_values(dtypes, heads=other, head_size=size, page=pages[1], **small),
+            Situation(heads=heads, tp=heads[1], head_size=256, page=pages[2], pattern="vertical_slash", **small),
+            of_values(
+                DTYPES[(number + 1) % 5],
+                heads=other,
+                tp=other[1],
+                head_size=next_size,
+                page=pages[3],
+                pattern=patterns[number % 3],
+                **small,
+            ),
+        ]
+    return found

@@ -1,6 +1,6 @@
 """``python -m tests.launches.table`` prints the tables of docs/launches.md, which tests compare with it.
 
-The second one compiles every kernel of ``cases.compiled`` and takes a quarter of an hour; ``--recorded`` leaves it out.
+The second one compiles every kernel of ``cases.compiled`` and takes minutes; ``--recorded`` leaves it out.
 """
 
 from __future__ import annotations

@@ -13,15 +13,13 @@ pytest.importorskip("triton", reason="the kernels need Triton (Linux)")
 pytest.importorskip("vllm", reason="the steps are planned by the package's builder, which vLLM's classes are behind")
 
 from tests.kernels.sparse_interpreter import compiler_pool
-from tests.launches import cases, worker
+from tests.launches import cases, limits, table, worker
 from tests.launches.situations import Situation
 
 ROOT = Path(__file__).parents[2]
-# Of what the fast tests record they compile the largest.
-COMPILED = (
-    Situation("whole", (64, 1), 1, 256, 784, capability=100),
-    Situation(tp=8, head_size=192, page=528, pattern="vertical_slash", cache="fp8"),
-)
+# A tile of 64 heads of 256 in fp32 with little shared memory, and on Hopper a pattern that estimates.
+FAST_COMPILED = (5, 18)
+PAGE = (ROOT / "docs/launches.md").read_text()
 Found = dict[str, dict[str, Any]]
 
 
@@ -42,15 +40,14 @@ def wrong(found: Found) -> dict[str, list[str]]:
     return {name: each["problems"] for name, each in found.items() if each["problems"]}
 
 
-def unfit(compiler: ProcessPoolExecutor, situations: Sequence[Situation]) -> dict[str, list[str]]:
-    """What GPUs have not of what the situations' kernels need."""
-    compiled = compiler.map(worker.compile_kernels, situations)
-    return {
-        f"{situation} {report['kernel']}": report["problems"]
-        for situation, reports in zip(situations, compiled, strict=True)
-        for report in reports
-        if report["problems"]
-    }
+def compile_all(compiler: ProcessPoolExecutor, situations: Sequence[Situation]) -> list[dict[str, Any]]:
+    """What the situations' kernels need."""
+    return [report for each in compiler.map(worker.compile_kernels, situations) for report in each]
+
+
+def unfit(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Kernels that need what their GPU has not."""
+    return [report for report in reports if report["problems"]]
 
 
 def test_every_two_values_meet_within_the_limits(compiler: ProcessPoolExecutor) -> None:
@@ -74,8 +71,16 @@ def test_a_second_step_copies_nothing_but_its_plan(compiler: ProcessPoolExecutor
     assert found["second"] == []
 
 
-def test_the_largest_kernels_fit(compiler: ProcessPoolExecutor) -> None:
-    assert unfit(compiler, COMPILED) == {}
+def test_wide_kernels_fit(compiler: ProcessPoolExecutor) -> None:
+    reports = compile_all(compiler, [cases.compiled()[place] for place in FAST_COMPILED])
+    assert len(reports) >= 4
+    assert unfit(reports) == []
+
+
+def test_the_documented_launches_are_those_recorded(compiler: ProcessPoolExecutor) -> None:
+    found = [compiler.submit(worker.examine, situation).result() for situation in table.situations()]
+    assert [each["problems"] for each in found] == [[]] * len(found)
+    assert table.recorded(found) in PAGE, "docs/launches.md: run python -m tests.launches.table --recorded"
 
 
 @pytest.mark.slow
@@ -97,8 +102,10 @@ def test_patterns_of_every_two_values_launch_within_the_limits(compiler: Process
 
 @pytest.mark.slow
 def test_every_compiled_kernel_fits(compiler: ProcessPoolExecutor) -> None:
-    """Those that the pairs and the extremes launch, as Triton would compile them at the launch."""
-    assert unfit(compiler, cases.compiled()) == {}
+    """As Triton would compile them at the launch; the documented table is of them."""
+    reports = compile_all(compiler, cases.compiled())
+    assert unfit(reports) == []
+    assert table.compiled(reports) in PAGE, "docs/launches.md: run python -m tests.launches.table"
 
 
 DEFECTS = (
@@ -123,3 +130,10 @@ def test_a_defect_is_seen(compiler: ProcessPoolExecutor, defect: str) -> None:
     expected = compiler.submit(worker.defects).result()
     assert set(expected) == set(DEFECTS)
     assert expected[defect] in compiler.submit(worker.seen, defect).result()
+
+
+@pytest.mark.parametrize("need", [{"shared_bytes": 99 * 1024 + 1}, {"registers": 255, "num_warps": 16}])
+def test_a_kernel_that_does_not_fit_is_seen(need: dict[str, int]) -> None:
+    fits = {"shared_bytes": 99 * 1024, "registers": 255, "num_warps": 8}
+    assert limits.unfit(fits, capability=89) == []
+    assert len(limits.unfit({**fits, **need}, capability=89)) == 1

@@ -160,6 +160,14 @@ def tile_rows_for(num_heads: int, num_kv_heads: int, head_size: int, dtype_size:
     return max(1, config_for(head_size, dtype_size, dtype_size, capability).block_m // group)
 
 
+def widened(config: TileConfig, block_m: int) -> TileConfig:
+    """The launch shape of a tile of ``block_m`` rows, where one token's query heads are more than its own.
+
+    Without a pipeline: its buffers and the wider tile don't fit into 99 KiB of shared memory together.
+    """
+    return config if block_m <= config.block_m else replace(config, block_m=block_m, num_stages=1)
+
+
 def group_size(num_heads: int, num_kv_heads: int) -> int:
     """Query heads of each KV head.
 

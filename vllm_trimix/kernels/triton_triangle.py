@@ -28,7 +28,7 @@ from vllm_trimix.kernels.triton_attention import (
     matrix_dtypes,
     scores_of,
 )
-from vllm_trimix.kernels.triton_configs import TileConfig, capability_of, config_for, group_size, padded_tile
+from vllm_trimix.kernels.triton_configs import TileConfig, capability_of, config_for, group_size, padded_tile, widened
 from vllm_trimix.kernels.triton_merge import Partials, merge_partials
 
 _INT32_MAX = 2**31 - 1
@@ -425,6 +425,7 @@ def _find_variant(q: torch.Tensor, k_cache: torch.Tensor, *, tile_rows: int, n_i
     max_rows = max(1, config.block_m // group)
     if not 1 <= tile_rows <= max_rows:
         raise ValueError(f"tile_rows {tile_rows} is outside 1-{max_rows} for {group} query heads a KV head")
+    config = widened(config, padded_tile(tile_rows, group, head_size)[0])
     constants = kernel_constants(
         config,
         q_dtype=q.dtype,
