@@ -34,11 +34,12 @@ def versions() -> None:
     say(python=".".join(map(str, sys.version_info[:2])), torch=torch.__version__, triton=triton.__version__)
 
 
-def tool() -> None:
-    """Where Triton keeps NVIDIA's cuobjdump."""
+def tools() -> None:
+    """Where Triton keeps NVIDIA's cuobjdump, and the C source of its driver, which it compiles at first use."""
     import triton
 
-    say(cuobjdump=str(Path(triton.__path__[0], "backends", "nvidia", "bin", "cuobjdump")))
+    nvidia = Path(triton.__path__[0], "backends", "nvidia")
+    say(cuobjdump=str(nvidia / "bin" / "cuobjdump"), driver=str(nvidia / "driver.c"))
 
 
 def imports() -> None:
@@ -99,5 +100,5 @@ def requirements(site: str) -> None:
 
 
 if __name__ == "__main__":
-    questions = (versions, tool, imports, extensions, requirements)
+    questions = (versions, tools, imports, extensions, requirements)
     {question.__name__: question for question in questions}[sys.argv[1]](*sys.argv[2:])

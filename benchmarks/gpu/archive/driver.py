@@ -12,7 +12,8 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-_FUNCTION = re.compile(rb"\0(cu[A-Z][A-Za-z0-9_]+)(?=\0)")
+# In a table of symbols, or called in C.
+_FUNCTION = re.compile(rb"\b(cu[A-Z][A-Za-z0-9_]+)(?=[\0(])")
 _NO_DEVICE = 100
 _NVML = r"""
 #include <string.h>
@@ -32,15 +33,19 @@ const char *nvmlErrorString(int error) { return "none"; }
 """
 
 
-def build(folder: Path, extensions: Iterable[Path]) -> None:
+def build(folder: Path, users: Iterable[Path]) -> None:
     """Compiles both libraries into ``folder``.
+
+    Args:
+        folder: Doesn't exist yet.
+        users: Extensions and C sources that name the driver's functions.
 
     Raises:
         ValueError: There is no gcc, or it fails.
     """
     folder.mkdir()
     names: set[str] = set()
-    for path in extensions:
+    for path in users:
         names |= {found.decode() for found in _FUNCTION.findall(path.read_bytes())}
     functions = "".join(f"int {name}(void) {{ return {_NO_DEVICE}; }}\n" for name in sorted(names))
     for library, source in (("libcuda.so.1", functions), ("libnvidia-ml.so.1", _NVML)):

@@ -90,8 +90,9 @@ class _Verification:
         self._size()
         if not self._unpack():
             return 1
-        driver.build(self._libraries, self._site.glob("vllm/**/*.so"))
-        self._device_code()
+        (tools,) = self._ask("tools")
+        driver.build(self._libraries, [*self._site.glob("vllm/**/*.so"), Path(tools["driver"])])
+        self._device_code(tools["cuobjdump"])
         self._extensions()
         self._imports("served", SERVED)
         for package in OURS:
@@ -146,15 +147,12 @@ class _Verification:
             f"clock at a load of {os.getloadavg()[0]:.1f}; {child.stdout.strip()}",
         )
 
-    def _device_code(self) -> None:
+    def _device_code(self, cuobjdump: str) -> None:
         """NVIDIA's own tool reads the thinned extensions."""
-        (found,) = self._ask("tool")
         for path in sorted(self._site.glob("vllm/**/*.so")):
             if b".nv_fatbin\0" not in path.read_bytes():
                 continue
-            child = subprocess.run(
-                [found["cuobjdump"], "-lelf", str(path)], capture_output=True, text=True, check=False
-            )
+            child = subprocess.run([cuobjdump, "-lelf", str(path)], capture_output=True, text=True, check=False)
             listed = child.stdout.count(".cubin")
             own = child.stdout.count(".sm_90")
             self._check(
