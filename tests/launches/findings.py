@@ -9,9 +9,6 @@ from tests.launches.launch import Launch
 from tests.launches.recorder import Recording, recording
 from tests.launches.situations import Layer, Situation
 
-ONCE = ("base.py:per_head",)
-"""Copies from the host that are kept for good: the parameters of a slab's heads, when one of its size comes first."""
-
 _LAUNCHES: dict[str, Launch] = {}
 """One launch of every kernel that was recorded, by its key."""
 
@@ -38,7 +35,7 @@ def judge(situation: Situation, layer: Layer, warm: Recording, served: Recording
     problems += [f"{launch.kernel}: compiled while serving" for launch in served.launches if launch.key not in compiled]
     if served.streams:
         problems.append(f"{served.streams} streams beside the step's own were entered")
-    problems += [f"{place} copies from the host" for place in served.copies if place not in ONCE]
+    problems += [f"{place} copies from the host" for place in served.copies]
     if served.order[: len(served.uploads)] != ["upload"] * len(served.uploads) or len(served.uploads) > 1:
         problems.append(f"more than one upload, or one after a launch: {served.order[:4]}")
     if not situation.pattern:

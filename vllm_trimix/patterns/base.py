@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, Protocol
@@ -75,5 +76,6 @@ def tiles_of(block_size: int, chunk: Chunk) -> Tiles:
 
 @lru_cache(maxsize=1024)
 def per_head(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """One number a head, on the device; made once, because a copy from the host waits for the device."""
-    return torch.tensor(values, device=device)
+    """One number a head, on the device: filled there, because a copy from the host waits for the device."""
+    runs = [torch.full((len(list(run)),), value, device=device) for value, run in itertools.groupby(values)]
+    return torch.cat(runs)
