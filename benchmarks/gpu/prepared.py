@@ -10,6 +10,9 @@ from typing import Any
 
 from benchmarks.gpu.stage import Stage
 
+# The layer of Llama-3.1-8B, and one of a CPU's size.
+_LAYER = {"num_heads": 32, "num_kv_heads": 8, "head_size": 128, "block_size": 16, "chunk": 8192}
+_TOY_LAYER = {"num_heads": 4, "num_kv_heads": 2, "head_size": 64, "block_size": 32, "chunk": 256}
 # An engine that starts beside seven others, twice in a stage at most.
 _ENGINE_LIMIT = 150.0
 
@@ -84,6 +87,24 @@ FIRST = [
         device=5,
     ),
     _engine("engine_v2_eager", "bfloat16-sync", graphs=False, toy="one_token_chunks"),
+    Stage(
+        "layer_line",
+        "benchmarks.gpu.layer_speed:layer_line",
+        12,
+        "a triangle layer against FlashAttention 3 at 32K and 128K",
+        {
+            "layer": _LAYER,
+            "lengths": [32768, 131072],
+            "ours": "trimix_triton",
+            "repeats": 20,
+            "targets": [[32768, 18], [131072, 60]],
+        },
+        {"layer": _TOY_LAYER, "lengths": [400], "ours": "trimix_cpu", "repeats": 2, "targets": [[400, 0.01]]},
+        use="prepared",
+        limit=30,
+        prepare=150,
+        device=8,
+    ),
     _engine("engine_v1_graphs", "bfloat16-sync", graphs=True, toy="bfloat16-sync"),
     _engine("engine_v1_eager", "float16-sync", graphs=False, toy="float16-sync"),
     Stage(
@@ -98,4 +119,108 @@ FIRST = [
     ),
 ]
 
-SECOND: list[Stage] = []
+SECOND = [
+    Stage(
+        "served",
+        "benchmarks.gpu.served:served",
+        130,
+        "time to first token to 128K: stock, triangle, pattern; between tokens; a profiled step; short prompts",
+        {
+            "shape": "llama-3.1-8b",
+            # 105 blocks of 64 keys are a density of 0.1 at 128K tokens.
+            "trimix": {
+                "starting_layer": 16,
+                "min_prompt_len": 0,
+                "shallow": {"pattern": "block_sparse", "top_k": 105, "min_seq_len": 0},
+            },
+            "chunks": [8192, 2048],
+            "lengths": [131072, 32768, 65536],
+            "lengths_of_other_chunks": [131072, 32768],
+            "rounds": 5,
+            "stock_length": 32768,
+            "stock_rounds": 5,
+            "decode": {"length": 1024, "prompts": 16, "tokens": 64, "repeats": 3},
+            "profile": {"length": 65536, "step": 6},
+            "short": [512, 1024, 2048, 4096],
+            "short_repeats": 20,
+            "warm_up": 32768,
+            # Seconds a token, and a pair of tokens: 10 s of a stock prompt of 128K.
+            "cost": [2.5e-5, 4e-10],
+            "target_density": 0.11,
+            "engine": {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]}},
+            # Of the stages that wait beside it.
+            "reserve_gib": 16,
+            "start_limit": 150,
+            "answer_limit": 60,
+            "box": 130,
+        },
+        {
+            "shape": "bench-8l",
+            "trimix": {
+                "starting_layer": 4,
+                "min_prompt_len": 0,
+                "n_local": 64,
+                "last_n": 32,
+                "shallow": {"pattern": "block_sparse", "top_k": 2, "min_seq_len": 0},
+            },
+            "chunks": [256, 128],
+            "lengths": [512],
+            "lengths_of_other_chunks": [512],
+            "rounds": 1,
+            "stock_length": 512,
+            "stock_rounds": 1,
+            "decode": {"length": 64, "prompts": 4, "tokens": 8, "repeats": 1},
+            "profile": {"length": 512, "step": 1},
+            "short": [128],
+            "short_repeats": 2,
+            "warm_up": 256,
+            "cost": [1e-3, 0.0],
+            "engine": {"enforce_eager": True, "dtype": "float32"},
+            "start_limit": 400,
+            "answer_limit": 120,
+        },
+        use="prepared",
+        limit=140,
+        prepare=160,
+        device=130,
+    ),
+    Stage(
+        "ways",
+        "benchmarks.gpu.layer_speed:ways",
+        12,
+        "the three ways of prefill at 128K, last rows by FlashAttention, and dense",
+        {
+            "layer": _LAYER,
+            "lengths": [131072],
+            "ways": ["trimix_triton", "trimix_triton_stock_tail", "trimix_flash_merge", "trimix_flash_pages"],
+            "repeats": 20,
+        },
+        {"layer": _TOY_LAYER, "lengths": [400], "ways": ["trimix_cpu", "trimix_cpu_sdpa"], "repeats": 2},
+        use="prepared",
+        limit=30,
+        prepare=120,
+        device=8,
+    ),
+    Stage(
+        "tiles",
+        "benchmarks.gpu.layer_speed:tile_table",
+        8,
+        "which launch shape is the fastest by head size, and the line to paste where the shipped one is not",
+        {
+            "layers": [
+                _LAYER,
+                {**_LAYER, "head_size": 64},
+                {**_LAYER, "num_heads": 16, "num_kv_heads": 4, "head_size": 256},
+            ],
+            "length": 32768,
+            "ours": "trimix_triton",
+            "candidates": None,
+            "repeats": 20,
+        },
+        {"layers": [_TOY_LAYER], "length": 400, "ours": "trimix_cpu", "candidates": ["trimix_cpu_sdpa"], "repeats": 2},
+        use="prepared",
+        limit=30,
+        prepare=120,
+        device=5,
+    ),
+]
