@@ -7,6 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.small_model import distances, prompts, save_small_model
 from benchmarks.gpu.triage import triage_engine
@@ -204,6 +206,9 @@ def _check_distances(
 
 def fp8_kv(report: Report) -> None:
     """fp8 KV cache: what the triangle adds to stock fp8's own error is nothing; on CPUs it stays dense and says so."""
+    if not report.cuda and not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()):
+        report.skip("vLLM keeps fp8 KV on CPUs with AVX-512 or AMX only")
+        return
     model = save_small_model(report.folder / "model")
     wave = both_ways(prompts(_SHORT + _LONG), max_tokens=_TOKENS)
     eager = {"enforce_eager": not report.settings["graphs"]}

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.gpu.report import load
 from benchmarks.gpu.stage import Stage
 
-_MOST_LETTERS = 240
+_MOST_LETTERS = 900
 
 
 def summary(output: Path, stages: Sequence[Stage], environment: dict[str, Any], *, left: Sequence[str]) -> str:

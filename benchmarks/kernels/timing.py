@@ -26,7 +26,7 @@ def time_call(call: Callable[[], object], device: torch.device) -> float:
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
     start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
-    # Over a millisecond: the host must be ahead of the device for all of the timed work, a dozen launches at 32K tokens.
+    # Over a millisecond: the host must stay ahead of the device for all that is timed, a dozen launches at 32K tokens.
     for _ in range(4):
         flush.random_()
     start_event.record()

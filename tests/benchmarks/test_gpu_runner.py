@@ -39,7 +39,7 @@ def bad(report):
         file.write("bad\\n")
     (report.folder / "rounds").write_text("kept")
     report.check("first", True)
-    report.check("pipes | and\\nlines", False, "seven " * 100)
+    report.check("pipes | and\\nlines", False, "seven " * 200)
 
 def raises(report):
     report.check("before", True)

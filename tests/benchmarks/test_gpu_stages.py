@@ -425,6 +425,8 @@ def test_a_stage_at_toy_size(tmp_path: Path, names: str) -> None:
     results = {name: load(tmp_path / "out" / f"{name}.json") for name in names.split(",")}
     assert all(results.values()), found.stdout + found.stderr
     verdicts = {name: (result["status"], result["seen"]) for name, result in results.items() if result}
+    if verdicts.get(names) == ("skipped", "vLLM keeps fp8 KV on CPUs with AVX-512 or AMX only"):
+        pytest.skip("vLLM keeps fp8 KV on CPUs with AVX-512 or AMX only")
     assert [name for name, (status, _) in verdicts.items() if status != "passed"] == [], verdicts
     assert found.returncode == 0
     summary = (tmp_path / "out" / "summary.md").read_text()
