@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 
 from benchmarks.gpu.box import Round, fill
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.served_engine import Engine, EngineLost
+from benchmarks.gpu.served_plan import STOCK, engine_arguments, engine_environment, plan_engines
 from benchmarks.gpu.served_results import MODES, Results, Rule, lines, of, targets, words
-from benchmarks.gpu.speed import GIB, bench_model, server_bytes
+from benchmarks.gpu.speed import bench_model
 from vllm_trimix.demo.bench_model import SHAPES
 from vllm_trimix.patterns.registry import PATTERNS
 from vllm_trimix.patterns.triangle import Triangle
 
-STOCK = "stock"
-_USABLE = 0.95
-# Pages of requests that are partly filled, and the page that vLLM keeps empty.
-_KV_SLACK = 4096
 # Of what the stage may still take when it has the device: to end the engines and to save.
 _MARGIN_SECONDS = 5.0
 
@@ -40,65 +38,19 @@ def served(report: Report) -> None:
         report.folder / "model", report.settings["shape"], max(job["max_model_len"] for job in jobs.values())
     )
     with contextlib.ExitStack() as stack:
-        engines = {}
-        for name, job in jobs.items():
-            environment = {"VLLM_NO_USAGE_STATS": "1"} | ({"VLLM_PLUGINS": ""} if name == STOCK else {})
-            if not report.cuda:
-                # The engines of a rehearsal share cores: threads that spin while they wait would take the others'.
-                environment["OMP_NUM_THREADS"] = "1"
-            child = {"engine": engine_arguments(report.settings, name, job, str(model)), "stock": name == STOCK}
-            log = report.folder / f"{name}.log"
-            engines[name] = stack.enter_context(Engine(name, child, log, environment=environment))
-        stage = _Stage(report, engines)
-        stage.start()
+
+        def make(name: str, *, eager: bool = False) -> Engine:
+            arguments = engine_arguments(report.settings, name, jobs[name], str(model))
+            child = {"engine": arguments | ({"enforce_eager": True} if eager else {}), "stock": name == STOCK}
+            log = report.folder / f"{name}{'_eager' if eager else ''}.log"
+            environment = engine_environment(name, cuda=report.cuda)
+            return stack.enter_context(Engine(name, child, log, environment=environment))
+
+        stage = _Stage(report, {name: make(name) for name in jobs})
+        stage.start(again=None if report.settings["engine"].get("enforce_eager") else make)
         # Even where no engine is left, the runner waits for the stage to ask.
         granted = report.alone() - _MARGIN_SECONDS
         stage.measure(min(report.settings["box"], granted))
-
-
-def plan_engines(settings: dict[str, Any], memory: float) -> dict[str, dict[str, Any]]:
-    """Which engines run, by name: those that the device holds, in the order in which they are given up last.
-
-    Args:
-        settings: The stage's.
-        memory: Bytes of the device.
-
-    Returns:
-        For each its step size, longest request, KV-cache bytes, and bytes of everything together.
-    """
-    shape, decode = SHAPES[settings["shape"]], settings["decode"]
-    together = decode["prompts"] * (decode["length"] + decode["tokens"])
-    longest = max(settings["lengths"])
-    found: dict[str, dict[str, Any]] = {}
-    rest = _USABLE * memory - settings["reserve_gib"] * GIB
-    wanted = [(f"trimix_{chunk}", chunk, longest) for chunk in settings["chunks"]]
-    for name, chunk, length in [*wanted, (STOCK, settings["chunks"][0], settings["stock_length"])]:
-        kv, needed = server_bytes(shape, kv_tokens=max(length, together) + _KV_SLACK, kv_element=2)
-        if needed > rest:
-            break
-        rest -= needed
-        limit = max(length, decode["length"] + decode["tokens"]) + 16
-        found[name] = {"chunk": chunk, "max_model_len": limit, "kv": kv, "bytes": needed}
-    return found
-
-
-def engine_arguments(settings: dict[str, Any], name: str, job: dict[str, Any], model: str) -> dict[str, Any]:
-    """vLLM's arguments of one engine; the KV cache has a size, for what vLLM measured would include its neighbours."""
-    mine = {} if name == STOCK else {"attention_backend": "TRIMIX", "additional_config": {"trimix": settings["trimix"]}}
-    return {
-        "model": model,
-        "skip_tokenizer_init": True,
-        "load_format": "dummy",
-        "dtype": "bfloat16",
-        "max_model_len": job["max_model_len"],
-        "max_num_batched_tokens": job["chunk"],
-        "max_num_seqs": settings["decode"]["prompts"],
-        "enable_prefix_caching": False,
-        "gpu_memory_utilization": 0.05,
-        "kv_cache_memory_bytes": job["kv"],
-        **settings["engine"],
-        **mine,
-    }
 
 
 class _Stage:
@@ -115,17 +67,35 @@ class _Stage:
         self._cut_short: list[str] = []
         self._seed = 0
 
-    def start(self) -> None:
-        """Waits for every engine; each is warmed up as soon as it is ready."""
-        limit = self._settings["start_limit"]
+    def start(self, again: Callable[..., Engine] | None) -> None:
+        """Waits for every engine; each is warmed up as soon as it is ready.
+
+        Args:
+            again: Starts an engine that does not come up once more, eagerly: what it can't compile, another version of
+                PyTorch or Triton say, must not cost every figure. None: not at all.
+        """
+        deadline = time.monotonic() + self._settings["start_limit"]
         with ThreadPoolExecutor(len(self._engines)) as pool:
-            waits = {pool.submit(engine.wait_ready, limit): name for name, engine in self._engines.items()}
-            for wait in as_completed(waits):
+
+            def wait(engine: Engine) -> Future[None]:
+                return pool.submit(engine.wait_ready, max(1.0, deadline - time.monotonic()))
+
+            waits = {wait(engine): name for name, engine in self._engines.items()}
+            tried: set[str] = set()
+            while waits:
+                ready = next(as_completed(waits))
+                name = waits.pop(ready)
                 try:
-                    wait.result()
-                    self._warm_up(waits[wait])
+                    ready.result()
+                    self._warm_up(name)
                 except EngineLost as error:
-                    self._lose(error)
+                    if again is None or name in tried or time.monotonic() > deadline:
+                        self._lose(error)
+                        continue
+                    self._report.check(f"{name} starts compiled", False, f"{error}; it is started again, eagerly")
+                    tried.add(name)
+                    self._engines[name] = again(name, eager=True)
+                    waits[wait(self._engines[name])] = name
 
     def _warm_up(self, name: str) -> None:
         facts = self._engines[name].facts

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu import served, served_results
+from benchmarks.gpu import served, served_plan, served_results
 from benchmarks.gpu.box import Round, fill
 from benchmarks.gpu.report import Report, granted_file, load, save, waiting_file
 from benchmarks.gpu.served_engine import Engine, EngineLost
@@ -208,6 +208,28 @@ def test_the_others_go_on(
         assert sum(each["engine"] == "trimix_128" for each in result["samples"]) == 6
 
 
+def test_what_does_not_start_is_started_once_more_eagerly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an engine can't compile must not cost every figure."""
+    script = CHILD.replace(
+        'do(deeds.get("start"))', 'do(None if "enforce_eager" in job["engine"] else deeds.get("start"))'
+    )
+    monkeypatch.setattr(sys.modules[__name__], "CHILD", script)
+    result = run(tmp_path, monkeypatch, {"trimix_256": {"start": "die"}}, engine={"dtype": "float32"})
+    assert list(failures(result)) == ["trimix_256 starts compiled"]
+    assert failures(result)["trimix_256 starts compiled"].endswith("it is started again, eagerly")
+    assert {each["engine"] for each in result["samples"]} == {"trimix_256", "trimix_128", "stock"}
+    assert {path.name for path in (tmp_path / "served").glob("trimix_256*.log")} == {
+        "trimix_256.log",
+        "trimix_256_eager.log",
+    }
+
+
+def test_an_engine_that_starts_in_no_way_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(tmp_path, monkeypatch, {"trimix_256": {"start": "die"}}, engine={"dtype": "float32"})
+    assert list(failures(result)) == ["trimix_256 starts compiled", "trimix_256 answers"]
+    assert {each["engine"] for each in result["samples"]} == {"trimix_128", "stock"}
+
+
 def test_no_engine_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deeds = {name: {"start": "die"} for name in ("trimix_256", "trimix_128", "stock")}
     result = run(tmp_path, monkeypatch, deeds)
@@ -338,19 +360,19 @@ def test_which_engines_fit() -> None:
         "reserve_gib": 10,
     }
     gib = 2**30
-    h200 = served.plan_engines(settings, 139 * gib)
+    h200 = served_plan.plan_engines(settings, 139 * gib)
     assert list(h200) == ["trimix_8192", "trimix_2048", "stock"]
     # 16.06 GB of weights, 16.5 GiB and 4.5 GiB of keys and values, 4 GiB beside them.
     assert [round(job["bytes"] / gib, 1) for job in h200.values()] == [35.5, 35.5, 23.5]
     assert all(job["max_model_len"] < job["kv"] / (2 * 32 * 8 * 128 * 2) for job in h200.values())
-    assert list(served.plan_engines(settings, 90 * gib)) == ["trimix_8192", "trimix_2048"]
-    assert list(served.plan_engines(settings, 80 * gib)) == ["trimix_8192"]
-    assert list(served.plan_engines(settings, 40 * gib)) == []
+    assert list(served_plan.plan_engines(settings, 90 * gib)) == ["trimix_8192", "trimix_2048"]
+    assert list(served_plan.plan_engines(settings, 80 * gib)) == ["trimix_8192"]
+    assert list(served_plan.plan_engines(settings, 40 * gib)) == []
 
 
 def test_stock_is_started_without_the_plugin() -> None:
     job = {"max_model_len": 600, "chunk": 256, "kv": 2**20, "bytes": 0}
-    mine, stock = (served.engine_arguments(TOY, name, job, "model") for name in ("trimix_256", "stock"))
+    mine, stock = (served_plan.engine_arguments(TOY, name, job, "model") for name in ("trimix_256", "stock"))
     assert mine["additional_config"]["trimix"] == TOY["trimix"]
     assert not stock.keys() & {"attention_backend", "additional_config"}
     assert {key: mine[key] for key in stock} == stock
