@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.predicted import layer_seconds
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.served_results import words
 from benchmarks.kernels import tiles
@@ -40,18 +41,23 @@ def layer_line(report: Report) -> None:
     measured = {length: _ready(report, layer, length, names) for length in report.settings["lengths"]}
     _time(report, {words(length): measurement for length, measurement in measured.items()}, started)
     goals = dict(report.settings["targets"])
+    bounds = _predict(report)
     said, reached = [], []
     for length, measurement in measured.items():
         dense, ours = (measurement.results[name] for name in names)
         speedup = _speedup(dense, ours)
         if speedup is None:
             continue
-        goal = goals.get(length)
+        goal, best = goals.get(length), bounds.get(length)
+        at_best = best["dense"] / best[names[1]] if best else None
+        notes = [f"target {goal:g}x"] if goal else []
+        notes += [f"by arithmetic at best {at_best:.0f}x"] if at_best else []
         said.append(
             f"{words(length)}: {names[0]} {_ms(dense)}, {names[1]} {_ms(ours)}, {speedup:.1f}x"
-            + (f" (target {goal:g}x)" if goal else "")
+            + (f" ({', '.join(notes)})" if notes else "")
         )
-        reached.append({"length": length, "speedup": speedup, "target": goal, "met": goal and speedup >= goal})
+        met = goal and speedup >= goal
+        reached.append({"length": length, "speedup": speedup, "target": goal, "at_best": at_best, "met": met})
     report.figure(targets=reached)
     report.seen("; ".join(said))
 
@@ -61,6 +67,7 @@ def ways(report: Report) -> None:
     started, layer = time.monotonic(), _layer(report, report.settings["layer"])
     dense = dense_baseline(layer)
     names = [dense, *report.settings["ways"]]
+    _predict(report)
     measured = {length: _ready(report, layer, length, names) for length in report.settings["lengths"]}
     _time(report, {words(length): measurement for length, measurement in measured.items()}, started)
     said = []
@@ -69,6 +76,13 @@ def ways(report: Report) -> None:
         ranked = sorted(timed, key=lambda name: statistics.median(timed[name].samples))
         said.append(f"{words(length)}: " + ", ".join(f"{name} {_ms(timed[name])}" for name in ranked))
     report.seen("; ".join(said))
+
+
+def _predict(report: Report) -> dict[int, dict[str, float]]:
+    """What the bounds allow each way, by length; kept with the result."""
+    bounds = layer_seconds(report.environment, report.settings["layer"], report.settings["lengths"])
+    report.figure(predicted_s=bounds)
+    return bounds
 
 
 def tile_table(report: Report) -> None:

@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 
 from benchmarks.gpu.box import Round, fill
+from benchmarks.gpu.predicted import request_seconds
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.served_engine import Engine, EngineLost
 from benchmarks.gpu.served_plan import STOCK, engine_arguments, engine_environment, plan_engines
@@ -33,7 +34,17 @@ def served(report: Report) -> None:
     if not jobs:
         report.skip("the device is too small for one engine")
         return
-    report.figure(server_bytes={name: job["bytes"] for name, job in jobs.items()})
+    report.figure(
+        server_bytes={name: job["bytes"] for name, job in jobs.items()},
+        predicted=request_seconds(
+            report.environment,
+            lengths=report.settings["lengths"],
+            chunks=report.settings["chunks"],
+            density=report.settings["target_density"],
+        )
+        if report.settings["shape"] == "llama-3.1-8b"
+        else [],
+    )
     model = bench_model(
         report.folder / "model", report.settings["shape"], max(job["max_model_len"] for job in jobs.values())
     )
