@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.bundle import restore, write_bundle
+from benchmarks.gpu.bundle import restore
 from benchmarks.gpu.processes import Terminated, terminable
 from benchmarks.gpu.report import write_atomically
 from benchmarks.gpu.schedule import ROOT, Options, Schedule
@@ -36,9 +36,12 @@ def main(
         The exit status: 0, 1 if a stage failed or ran out of time, 2 for bad input, 130 and 143 when interrupted.
     """
     started = time.monotonic()
-    args = _parser(programs).parse_args(argv)
-    name = args.run
-    program = programs[name]
+    # Set by the scripts: which of them it is.
+    which = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    which.add_argument("--run", choices=list(programs), default=next(iter(programs)))
+    known, rest = which.parse_known_args(argv)
+    name, program = known.run, programs[known.run]
+    args = _parser(program).parse_args(rest)
     try:
         chosen = _choose(program.stages, args.only)
         if args.list:
@@ -52,7 +55,11 @@ def main(
             return 0
         if args.jobs is not None and args.jobs < 1:
             raise ValueError(f"--jobs: {args.jobs} is below 1, one stage at a time")
-        output.mkdir(parents=True, exist_ok=True)
+        if args.budget is not None and args.budget <= 0:
+            raise ValueError(f"--budget: {args.budget:g} s is no time; give more than 0, or leave it out")
+        for folder in (output, args.bundle):
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
         if args.resume is not None:
             restore(args.resume, output)
     except (ValueError, OSError) as error:
@@ -79,8 +86,7 @@ def main(
         schedule.stop()
         table = summary(output, program.stages, environment, left=schedule.left)
         write_atomically(output / "summary.md", table)
-        if args.bundle is not None:
-            write_bundle(args.bundle, output, program.stages, environment, left=schedule.left)
+        schedule.take_home()
     print(f"summary: {output / 'summary.md'}\n\n{table}", flush=True)
     if schedule.left:
         print(f"left: {', '.join(schedule.left)}: the budget is used up; the same command goes on with them")
@@ -113,15 +119,13 @@ def _choose(stages: Sequence[Stage], only: str | None) -> list[Stage]:
     return [stage for stage in stages if stage.name in wanted]
 
 
-def _parser(programs: Mapping[str, Program]) -> argparse.ArgumentParser:
+def _parser(program: Program) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="run_all.sh",
-        description="What only an NVIDIA GPU can show, in stages. Stages that passed before, on this code "
-        "and this machine, are not run again. "
-        + " ".join(f"{program.script}: {program.summary}" for program in programs.values()),
+        prog=program.script,
+        description=f"What only an NVIDIA GPU can show, in stages: {program.summary}. Stages that passed before, on "
+        "this code and this machine, are not run again.",
     )
-    # Set by the scripts: which of them it is, and the seconds that it took so far.
-    parser.add_argument("--run", choices=list(programs), default=next(iter(programs)), help=argparse.SUPPRESS)
+    # Set by the scripts: the seconds that they took so far.
     parser.add_argument("--elapsed", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, metavar="DIR", help="results; default: build/gpu-results[-RUN][-toy]")
     parser.add_argument(

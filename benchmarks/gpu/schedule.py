@@ -251,8 +251,16 @@ class Schedule:
         if result["status"] in ("failed", "timeout"):
             self.failed.append(running.stage.name)
         print(f"{running.stage.name}: {result['status']} in {result['seconds']:.0f} s: {result['seen']}", flush=True)
-        if self._options.bundle is not None:
+        self.take_home()
+
+    def take_home(self) -> None:
+        """Renews the bundle; one that can't be written stops nothing, for the results are in the output folder."""
+        if self._options.bundle is None:
+            return
+        try:
             write_bundle(self._options.bundle, self._options.output, self._stages, self._environment, left=self.left)
+        except OSError as error:
+            print(f"--bundle: {error}", file=sys.stderr, flush=True)
 
     def _fresh(self, stage: Stage) -> dict[str, Any]:
         toy, device = self._options.toy, self._environment["device"]

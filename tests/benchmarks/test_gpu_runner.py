@@ -385,3 +385,25 @@ def test_a_long_log_keeps_its_ends(tmp_path: Path) -> None:
 
 def test_bad_numbers_of_jobs_are_refused(trivial: Trivial) -> None:
     assert trivial.run("good", "--jobs=0")[1] == "run_all.sh: error: --jobs: 0 is below 1, one stage at a time\n"
+
+
+def test_a_budget_that_is_none_and_a_folder_that_cannot_be_are_refused(trivial: Trivial, tmp_path: Path) -> None:
+    assert trivial.run("good", "--budget=0")[1] == (
+        "run_all.sh: error: --budget: 0 s is no time; give more than 0, or leave it out\n"
+    )
+    (tmp_path / "file").touch()
+    status, out = trivial.run("good", f"--bundle={tmp_path / 'file' / 'home'}")
+    assert status == 2
+    assert out.startswith("run_all.sh: error: ")
+    assert not (trivial.output / "ran").exists()
+
+
+def test_a_bundle_that_fails_stops_nothing(trivial: Trivial, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    # A folder where a file must go.
+    (home / "results.json").mkdir(parents=True)
+    (home / "results.json" / "x").touch()
+    status, out = trivial.run("good,b1", f"--bundle={home}")
+    assert status == 0
+    assert trivial.result("good")["status"] == trivial.result("b1")["status"] == "passed"
+    assert out.count("--bundle: ") >= 2
