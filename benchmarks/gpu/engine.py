@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ _SHORT = [1, PATTERN.n_init, PATTERN.n_local, PATTERN.dense_len - 1, PATTERN.den
 _LONG = [131, 256, 500, 777]
 _CHUNK = 200
 _TOKENS, _LONG_ANSWER = 6, 24
+# Model runner V2 warms up by requests of its own, which are counted: what an answer before costs is left out.
+_FIRST = [{"prompt": prompts([20])[0], "max_tokens": 1}]
 # Stock's own distance from the fp32 truth; beyond it the truth is not comparable.
 _MOST_STOCK_ERROR = {"float32": 1e-2, "float16": 0.1, "bfloat16": 0.5}
 _LEAST_GAP = 10
@@ -85,11 +88,11 @@ def _mixed(report: Report, model: Path, scenario: str) -> None:
     wave = both_ways(prompts(_SHORT), max_tokens=_LONG_ANSWER) + both_ways(prompts(_LONG, seed=1), max_tokens=_TOKENS)
 
     def ask(name: str, requests: list[dict[str, Any]], graphs: bool) -> Result:
-        return run(
+        result = run(
             report,
             name,
             model,
-            [requests],
+            [_FIRST, requests],
             engine={
                 **engine_arguments(report, dtype),
                 "async_scheduling": scheduling == "async",
@@ -98,6 +101,8 @@ def _mixed(report: Report, model: Path, scenario: str) -> None:
             trimix={"dense_backend": dense[0]} if dense else None,
             env=runner_env(report),
         )
+        asked = result.ledgers[-1]
+        return replace(result, waves=result.waves[-1:], ledgers=[asked], rows=asked.rows, metrics=asked.metrics)
 
     result = ask(scenario, wave, report.settings["graphs"])
     _check_engine(report, scenario, result.log, dense=dense[0] if dense else None)

@@ -62,6 +62,8 @@ if [ -n "$archive" ]; then
     [ -e "$scratch/site/.complete" ] || die "the archive in '$archive' is not complete: parts are missing"
     export PATH="$scratch/site/bin:$PATH"
     path+=:$scratch/site
+    # The archive is without FlashInfer, which vLLM's samplers would import without asking whether it is there.
+    export VLLM_USE_FLASHINFER_SAMPLER=${VLLM_USE_FLASHINFER_SAMPLER:-0}
 fi
 
 # The entry point by which vLLM finds the plugin, as an installed package would have it.

@@ -86,14 +86,15 @@ def test_an_archive_is_unpacked_and_comes_before_what_is_installed(tmp_path: Pat
     archive = tmp_path / "packed" / "vp"
     archive.mkdir(parents=True)
     # Python runs sitecustomize from its path at start: a trace in every process.
-    (archive / "part00").write_text(f"open({str(tmp_path / 'trace')!r}, 'a').write('x')\n")
+    sampler = "__import__('os').environ['VLLM_USE_FLASHINFER_SAMPLER']"
+    (archive / "part00").write_text(f"open({str(tmp_path / 'trace')!r}, 'a').write({sampler})\n")
     script = 'mkdir -p "$2/bin"; cp "$1/part00" "$2/sitecustomize.py"; touch "$2/.complete"; echo unpacked\n'
     (archive.parent if beside else archive).joinpath("unpack.sh").write_text(script)
     found = run_all("--archive", str(archive), "--toy", "--dry-run", "--only=smoke", TMPDIR=str(tmp_path))
     assert found.returncode == 0, found.stderr
     assert "unpacked" in found.stdout
     assert "would run smoke" in found.stdout
-    assert (tmp_path / "trace").exists()
+    assert set((tmp_path / "trace").read_text()) == {"0"}, "the archive holds no FlashInfer"
     (archive.parent if beside else archive).joinpath("unpack.sh").write_text("exit 0\n")
     (next(tmp_path.glob("trimix-gpu-*")) / "site" / ".complete").unlink()
     found = run_all("--archive", str(archive), "--toy", "--dry-run", TMPDIR=str(tmp_path))
@@ -351,6 +352,28 @@ def test_the_log_of_a_gpu_engine(tmp_path: Path, log: str, dense: str | None, wr
 
     _check_engine(make_report(tmp_path, "engine_v2_graphs"), "x", log, dense=dense)
     assert failed(tmp_path, "engine_v2_graphs") == wrong
+
+
+def test_rows_of_vllms_own_warm_up_are_no_prompt_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model runner V2 warms its kernels up by requests, which TRIMIX counts as any others."""
+    from benchmarks.gpu import engine
+    from tests.engine.ledger import Ledger
+    from tests.engine.run import Result
+
+    right = {"triangle": 1653, "triangle_layer_rows": 3 * 1653, "opt_out": 1769, "decode": 316}
+
+    def run_job(*arguments: Any, **_: Any) -> Result:
+        ledgers = [Ledger(Counter(rows), {}, []) for rows in ({"short_prompt": 148, "decode": 67}, right)]
+        total = ledgers[0].rows + ledgers[1].rows
+        return Result(arguments[2], total, {}, START + V2 + GRAPHS, [], ledgers=ledgers)
+
+    monkeypatch.setattr(engine, "run_job", run_job)
+    monkeypatch.setattr(engine, "save_small_model", lambda path: path)
+    judged: list[int] = []
+    monkeypatch.setattr(engine, "_check_distances", lambda *found: judged.append(len(found[4].waves[0])) or True)
+    engine.logprobs(make_report(tmp_path, "engine_v2_graphs", scenarios=["float16-async"]))
+    assert failed(tmp_path, "engine_v2_graphs") == []
+    assert judged == [20], "the answers of the requests that count"
 
 
 def test_fp8_answers_are_judged_by_stock_fp8(tmp_path: Path) -> None:
