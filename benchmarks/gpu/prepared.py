@@ -150,7 +150,7 @@ SECOND = [
             "engine": {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]}},
             # Of the stages that wait beside it.
             "reserve_gib": 16,
-            "start_limit": 150,
+            "start_limit": 140,
             "answer_limit": 60,
             "box": 130,
         },
@@ -181,7 +181,8 @@ SECOND = [
         },
         use="prepared",
         limit=140,
-        prepare=160,
+        # The engines' own limit and an answer's: one that hangs must not end the others.
+        prepare=205,
         device=130,
     ),
     Stage(

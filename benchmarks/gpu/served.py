@@ -50,15 +50,16 @@ def served(report: Report) -> None:
     )
     with contextlib.ExitStack() as stack:
 
-        def make(name: str, *, eager: bool = False) -> Engine:
+        def make(name: str, attempt: str = "") -> Engine:
             arguments = engine_arguments(report.settings, name, jobs[name], str(model))
-            child = {"engine": arguments | ({"enforce_eager": True} if eager else {}), "stock": name == STOCK}
-            log = report.folder / f"{name}{'_eager' if eager else ''}.log"
+            eager = {"enforce_eager": True} if attempt == "eager" else {}
+            child = {"engine": arguments | eager, "stock": name == STOCK}
+            log = report.folder / f"{'_'.join(filter(None, (name, attempt)))}.log"
             environment = engine_environment(name, cuda=report.cuda)
             return stack.enter_context(Engine(name, child, log, environment=environment))
 
         stage = _Stage(report, {name: make(name) for name in jobs})
-        stage.start(again=None if report.settings["engine"].get("enforce_eager") else make)
+        stage.start(make)
         # Even where no engine is left, the runner waits for the stage to ask.
         granted = report.alone() - _MARGIN_SECONDS
         stage.measure(min(report.settings["box"], granted))
@@ -72,18 +73,19 @@ class _Stage:
         self._engines = engines
         self._names = [name for name in engines if name != STOCK]
         self._first = self._names[0]
+        # Those that each engine answers.
+        self._modes = {name: list(MODES) for name in self._names}
         self._results = Results()
         self._facts: dict[str, Any] = {}
         self._checked: set[tuple[str, str, int]] = set()
         self._cut_short: list[str] = []
         self._seed = 0
 
-    def start(self, again: Callable[..., Engine] | None) -> None:
-        """Waits for every engine; each is warmed up as soon as it is ready.
+    def start(self, make: Callable[[str, str], Engine]) -> None:
+        """Waits for every engine; each is warmed up as soon as it is ready, and started once more where it is lost.
 
         Args:
-            again: Starts an engine that does not come up once more, eagerly: what it can't compile, another version of
-                PyTorch or Triton say, must not cost every figure. None: not at all.
+            make: Starts an engine, given its name and which attempt it is.
         """
         deadline = time.monotonic() + self._settings["start_limit"]
         with ThreadPoolExecutor(len(self._engines)) as pool:
@@ -100,13 +102,31 @@ class _Stage:
                     ready.result()
                     self._warm_up(name)
                 except EngineLost as error:
-                    if again is None or name in tried or time.monotonic() > deadline:
+                    attempt = None if name in tried or time.monotonic() > deadline else self._attempt(error)
+                    if attempt is None:
                         self._lose(error)
                         continue
-                    self._report.check(f"{name} starts compiled", False, f"{error}; it is started again, eagerly")
                     tried.add(name)
-                    self._engines[name] = again(name, eager=True)
+                    self._engines[name] = make(name, attempt)
                     waits[wait(self._engines[name])] = name
+
+    def _attempt(self, error: EngineLost) -> str | None:
+        """How a lost engine is started once more, or None: one thing that it can't do must not cost every figure."""
+        name = error.name
+        answered = self._facts.get(name, {}).get("first_prompt_s")
+        if answered and name != STOCK:
+            # A mode ended it: the earlier ones are worth having.
+            mode = next(mode for mode in MODES if mode not in answered)
+            self._modes[name] = list(answered)
+            self._report.check(
+                f"{name} answers {mode}", False, f"{error}; it is started again, for {', '.join(answered)} alone"
+            )
+            return "again"
+        if self._settings["engine"].get("enforce_eager"):
+            return None
+        # What it can't compile, another version of PyTorch or Triton say.
+        self._report.check(f"{name} starts compiled", False, f"{error}; it is started again, eagerly")
+        return "eager"
 
     def _warm_up(self, name: str) -> None:
         facts = self._engines[name].facts
@@ -117,7 +137,7 @@ class _Stage:
         self._report.check(f"{name}: backend", right, line)
         # Serving compiles nothing: a first prompt that takes seconds longer than later ones says otherwise.
         first = facts["first_prompt_s"] = {}
-        for mode in (None,) if name == STOCK else MODES:
+        for mode in (None,) if name == STOCK else self._modes[name]:
             first[mode or STOCK] = self._generate(name, mode, self._settings["warm_up"])["ttft_s"]
             self._report.figure(engines=self._facts)
 
@@ -128,15 +148,15 @@ class _Stage:
         self._conclude(last=True)
 
     def _rounds(self) -> list[Round]:
-        settings, modes = self._settings, list(MODES)
+        settings = self._settings
         first, *rest = self._names
         self._first = first
         lengths, most = settings["lengths"], settings["rounds"]
         decode, short, profile = settings["decode"], settings["short"], settings["profile"]
         stock_length, repeats = settings["stock_length"], settings["short_repeats"]
-        rounds = [self._round(first, length, modes, most) for length in lengths]
+        rounds = [self._round(first, length, most) for length in lengths]
         for name in rest:
-            rounds += [self._round(name, length, modes, most) for length in settings["lengths_of_other_chunks"]]
+            rounds += [self._round(name, length, most) for length in settings["lengths_of_other_chunks"]]
         if STOCK in self._engines:
             cost = 2 * self._cost(stock_length)
             rounds.append(self._named("stock", self._beside_stock, cost, settings["stock_rounds"]))
@@ -147,7 +167,9 @@ class _Stage:
         rounds.append(self._named("short", self._short, cost))
         return rounds
 
-    def _round(self, name: str, length: int, modes: list[str], most: int) -> Round:
+    def _round(self, name: str, length: int, most: int) -> Round:
+        modes = self._modes[name]
+
         def run(number: int) -> None:
             for mode in modes if number % 2 == 0 else modes[::-1]:
                 self._sample(name, mode, length, number)
@@ -232,7 +254,7 @@ class _Stage:
     def _decode(self, number: int) -> None:
         settings = self._settings["decode"]
         load = {key: settings[key] for key in ("length", "prompts", "tokens")}
-        both = [(STOCK, None), (self._first, "on")]
+        both = [(STOCK, None), (self._first, self._modes[self._first][-1])]
         for name, mode in both:
             self._generate(name, mode, **load)
         for repeat in range(settings["repeats"]):
@@ -242,15 +264,17 @@ class _Stage:
                 self._report.figure(between_tokens_s=self._results.between)
 
     def _profile(self, number: int) -> None:
-        for mode in ("off", "triangle"):
-            self._results.profiles[mode] = self._ask(self._first, "profile", mode=mode, **self._settings["profile"])
+        for mode in self._modes[self._first][:2]:
+            found = self._ask(self._first, "profile", mode=mode, **self._settings["profile"])
+            self._results.profiles[mode] = found
             self._report.figure(profiles=self._results.profiles)
+            self._report.check(f"profile of {mode}", "failed" not in found, found.get("failed", ""))
 
     def _short(self, number: int) -> None:
         for length in self._settings["short"]:
             for repeat in range(self._settings["short_repeats"]):
-                modes = ("off", "triangle") if repeat % 2 == 0 else ("triangle", "off")
-                for mode in modes:
+                modes = self._modes[self._first][:2]
+                for mode in modes if repeat % 2 == 0 else modes[::-1]:
                     self._sample(self._first, mode, length, repeat)
 
     def _conclude(self, *, last: bool = False) -> None:
@@ -268,11 +292,12 @@ class _Stage:
         self._report.figure(targets=reached)
         self._report.seen(lines(results, names, settings["lengths"]))
         if last and self._report.cuda and not self._report.toy:
-            for length in sorted({sample["length"] for sample in results.samples}):
+            # Of shorter prompts only the targets: there is little to gain.
+            for length in sorted(settings["lengths"]):
                 for name in names:
                     for mode in MODES[1:]:
                         speedup = of(results.speedups(name, mode, length))
-                        if speedup is not None and length >= 4096:
+                        if speedup is not None:
                             line = f"{speedup['median']:.2f}x, {speedup['interval']}"
                             self._report.check(
                                 f"{name} {mode} {words(length)}: faster than stock", speedup["median"] > 1, line

@@ -14,6 +14,7 @@ import os
 import random
 import sys
 import time
+import traceback
 from collections import Counter
 from typing import Any
 
@@ -156,29 +157,42 @@ def profile(
         step: Which chunk.
         seed: Of the prompt.
         most: Kernels to name.
+
+    Returns:
+        What was found, or ``failed`` and why: a profiler that refuses must not cost the engine.
     """
+    from benchmarks.breakdown.engine import install_ranges
+
+    try:
+        if not getattr(engine, "has_breakdown_ranges", False):
+            engine.has_breakdown_ranges = True
+            install_ranges(engine, stock=stock)
+        for request in _requests(engine, mode=mode, length=length, prompts=1, tokens=1, seed=seed):
+            engine.add_request(*request)
+        for _ in range(step):
+            engine.step()
+        _synchronize()
+        found = _profiled_step(engine, most)
+    except Exception as error:
+        traceback.print_exc()
+        found = {"failed": f"{type(error).__name__}: {error}"[:300]}
+    while engine.has_unfinished_requests():
+        engine.step()
+    return found
+
+
+def _profiled_step(engine: Any, most: int) -> dict[str, Any]:
     import torch
     from torch.profiler import ProfilerActivity
 
-    from benchmarks.breakdown.engine import install_ranges
     from benchmarks.breakdown.timeline import REQUEST
 
-    if not getattr(engine, "has_breakdown_ranges", False):
-        install_ranges(engine, stock=stock)
-        engine.has_breakdown_ranges = True
-    for request in _requests(engine, mode=mode, length=length, prompts=1, tokens=1, seed=seed):
-        engine.add_request(*request)
-    for _ in range(step):
-        engine.step()
-    _synchronize()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     started = time.perf_counter()
     with torch.profiler.profile(activities=activities) as profiler, torch.profiler.record_function(REQUEST):
         engine.step()
         _synchronize()
     seconds = time.perf_counter() - started
-    while engine.has_unfinished_requests():
-        engine.step()
     return {"profiled_s": seconds, **_attributed(profiler, most)}
 
 

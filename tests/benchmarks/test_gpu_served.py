@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu import served, served_plan, served_results
+from benchmarks.breakdown import engine as breakdown_engine
+from benchmarks.gpu import served, served_child, served_plan, served_results
 from benchmarks.gpu.box import Round, fill
 from benchmarks.gpu.report import Report, granted_file, load, save, waiting_file
 from benchmarks.gpu.served_engine import Engine, EngineLost
@@ -51,7 +52,7 @@ TOY: dict[str, Any] = {
     "box": 120,
 }
 
-# Answers like ``served_child``, from a script of what to do at which question: {"NAME": {"start" | N: deed}}.
+# Answers like ``served_child``, from a script of what to do at which question: {"NAME": {"start" | N | MODE: deed}}.
 CHILD = """
 import json, os, sys, time
 answers = os.fdopen(int(sys.argv[-1]), "w", buffering=1)
@@ -79,7 +80,7 @@ if not do(deeds.get("start")):
                               "kv_tokens": 4096}) + "\\n")
 for number, line in enumerate(sys.stdin):
     asked = json.loads(line)
-    if do(deeds.get(str(number))):
+    if do(deeds.get(str(number)) or deeds.get(asked["mode"])):
         continue
     seconds = {"on": 0.25, "triangle": 0.5}.get(asked["mode"], 1.0) * asked["length"] / 512
     rows = {"opt_out": asked["length"]} if asked["mode"] == "off" else {"triangle": asked["length"] - 32}
@@ -222,6 +223,37 @@ def test_what_does_not_start_is_started_once_more_eagerly(tmp_path: Path, monkey
         "trimix_256.log",
         "trimix_256_eager.log",
     }
+
+
+@pytest.mark.parametrize(("mode", "left"), [("on", ["off", "triangle"]), ("triangle", ["off"])])
+def test_a_mode_that_ends_an_engine_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, left: list[str]
+) -> None:
+    result = run(tmp_path, monkeypatch, {"trimix_256": {mode: "die"}})
+    assert list(failures(result)) == [f"trimix_256 answers {mode}"]
+    assert failures(result)[f"trimix_256 answers {mode}"].endswith(f"started again, for {', '.join(left)} alone")
+    asked = {(each["engine"], each["mode"]) for each in result["samples"]}
+    assert asked == {
+        *(("trimix_256", each) for each in left),
+        *(("trimix_128", each) for each in served_results.MODES),
+        ("stock", None),
+    }
+    assert list(result["profiles"]) == left
+    assert len(result["between_tokens_s"]["trimix_256"]) == 2
+    assert (tmp_path / "served" / "trimix_256_again.log").exists()
+
+
+def test_a_profiler_that_fails_costs_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(engine: Any, *, stock: bool) -> None:
+        raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES")
+
+    class Idle:
+        def has_unfinished_requests(self) -> bool:
+            return False
+
+    monkeypatch.setattr(breakdown_engine, "install_ranges", refuse)
+    found = served_child.profile(Idle(), stock=False, mode="off", length=8, step=1)
+    assert found == {"failed": "RuntimeError: CUPTI_ERROR_INSUFFICIENT_PRIVILEGES"}
 
 
 def test_an_engine_that_starts_in_no_way_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
