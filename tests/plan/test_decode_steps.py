@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -64,7 +66,29 @@ def test_groups_share_a_step_plan(make: Make) -> None:
     assert build_plan.call_count == 1
     assert len(second.trimix.spans) == 2
     assert planned.step.stats.steps == 1
-    planned.step.begin(
-        mock.Mock(finished_req_ids=(), scheduled_new_reqs=(), spec=["finished_req_ids", "scheduled_new_reqs"])
-    )
+    planned.step.begin(scheduled("a"))
     assert planned.step.plans == {}
+
+
+def scheduled(*ids: str) -> Any:
+    """What a scheduler says of a step in which nothing is new."""
+    return SimpleNamespace(finished_req_ids=(), scheduled_new_reqs=(), num_scheduled_tokens=dict.fromkeys(ids, 1))
+
+
+def test_the_runners_own_warm_up_is_planned_but_not_counted(make: Make) -> None:
+    planned = make(num_requests=20, num_prefill=2)
+    for name in ("_warmup_0_", "_v2_mixed_warmup_decode_"):
+        planned.step.begin(scheduled(name))
+        metadata = planned.build(fresh=False)
+        assert len(metadata.trimix.spans) == 2
+        # As a layer does.
+        metadata.trimix.stats.triangle_layer_rows += 7
+        planned.step.end()
+        snapshot = planned.step.stats.snapshot()
+        assert (snapshot["steps"], snapshot["triangle_layer_rows"]) == (0, 0)
+        assert not planned.step.stats.rows
+    planned.step.begin(scheduled("cmpl-_warmup_0_"))
+    planned.build(fresh=False)
+    planned.step.end()
+    assert planned.step.stats.steps == 1
+    assert planned.step.stats.rows["triangle"] > 0

@@ -292,7 +292,8 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
             dense = pseudo_requests(plan.dense)
             uploaded = upload(dense.arrays(), self.device)
             dense_rows, dense_metadata = self._dense_remainder(dense, uploaded, common, self._dynamic_dense_builder)
-        step.stats.watch_keys(self._counter)
+        counter = KeyCounter(self.device) if step.warming_up else self._counter
+        step.stats.watch_keys(counter)
         return DynamicStep(
             spans=plan.spans,
             num_rows=plan.rows["dynamic"],
@@ -300,7 +301,7 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
             dense_rows=dense_rows,
             dense_metadata=dense_metadata,
             stats=step.stats,
-            counter=self._counter,
+            counter=counter,
         )
 
     def _step_plan(self, plan: Plan, step: requests.Step, common: CommonAttentionMetadata) -> StepPlan:

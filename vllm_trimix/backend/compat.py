@@ -30,6 +30,12 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
+WARM_UP_IDS = ("_warmup_", "_v2_mixed_warmup")
+"""What the ids of requests begin with that model runner V2 makes for its warm-up and runs like any others (0.32, 0.33).
+
+Goes when vLLM runs them as dummies.
+"""
+
 TESTED_MIN = Version("0.32.0")
 TESTED_BELOW = Version("0.34")
 

@@ -32,8 +32,8 @@ class Step:
             getattr(runner.vllm_config.model_config, "is_mm_prefix_lm", False)
         )
         self.requests: dict[str, Request] = {}
-        self.stats = Stats()
-        self.planned = False
+        self.stats = self._totals = Stats()
+        self.planned = self.warming_up = False
         # Of this step, by what they depend on besides its rows; builders of several KV-cache groups share them.
         self.plans: dict[tuple[object, ...], Any] = {}
         self.cached_rows = 0
@@ -50,10 +50,18 @@ class Step:
             if known is None:
                 cached += min(new.num_computed_tokens, new.prompt_len)
         self.stats.tracked_requests = len(self.requests)
-        self.planned = False
+        # vLLM's own warm-up is planned and computed like any other step, but nobody asked for it. It is alone in
+        # its steps.
+        first = next(iter(scheduler_output.num_scheduled_tokens), "")
+        self.warming_up = self.planned = first.startswith(compat.WARM_UP_IDS)
+        self.stats = Stats() if self.warming_up else self._totals
         self.plans.clear()
         self.cached_rows = cached
         self._scheduled = scheduler_output
+
+    def end(self) -> None:
+        """Shows the totals again, which a step of vLLM's own warm-up is not part of."""
+        self.stats = self._totals
 
     def scheduled_rows(self) -> dict[str, Any]:
         """The whole step for ``build_plan``, from the scheduler: micro-batching's metadata show parts of it only.
@@ -173,5 +181,6 @@ def _tracked(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, scheduler_output, *args, **kwargs)
         finally:
             _current = saved
+            step.end()
 
     return execute_model
