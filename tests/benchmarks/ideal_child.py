@@ -12,6 +12,8 @@ from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
+from tests.cpu import fast_dtype
+
 
 def main(model: str, length: str, chunk: str, max_tokens: str) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -27,7 +29,7 @@ def main(model: str, length: str, chunk: str, max_tokens: str) -> None:
     llm = LLM(
         model=model,
         load_format="dummy",
-        dtype="bfloat16",
+        dtype=fast_dtype(),
         enforce_eager=True,
         max_model_len=4096,
         max_num_batched_tokens=int(chunk),

@@ -17,6 +17,7 @@ from benchmarks.kernels.problem import Problem, Settings, _fill_cuda_cache, make
 from benchmarks.kernels.reference import make_reference, sample_rows
 from benchmarks.kernels.timing import Measurement, measure
 from tests.backend.flash_on_cpu import flash_on_cpu
+from tests.cpu import fast_dtype
 from vllm_trimix.patterns.triangle import Triangle
 
 pytest.importorskip("matplotlib", reason="the figure needs matplotlib (extra plot)")
@@ -294,6 +295,7 @@ def test_rounded_to_pages_is_checked_against_its_own_mask() -> None:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kernels")
     arguments = ["--lengths", "1500,700", "--repeats", "2", "--quick", "--device", "cpu", "--chunk", "512"]
+    arguments += ["--dtype", fast_dtype()]
     assert benchmark_kernels.main(["--output", str(folder), *arguments]) == 0
     return folder
 

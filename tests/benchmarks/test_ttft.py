@@ -14,11 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.cpu import fast_dtype
+
 ROOT = Path(__file__).parents[2]
 BENCHMARK = [sys.executable, "-m", "benchmarks.benchmark_ttft"]
 # Sparse from the first token past the window on, and quick to start.
 TRIMIX = '{"starting_layer": 4, "min_prompt_len": 0}'
-EAGER = ["--serve-arg=--dtype=bfloat16", "--serve-arg=--load-format=dummy", "--serve-arg=--enforce-eager"]
+EAGER = [f"--serve-arg=--dtype={fast_dtype()}", "--serve-arg=--load-format=dummy", "--serve-arg=--enforce-eager"]
 
 
 def _run(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:

@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 
+from tests.cpu import fast_dtype
 from vllm_trimix.cli.main import main
 from vllm_trimix.config import DEFAULT_MIN_PROMPT_LEN, resolve
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "vllm_trimix.cli.main", "calibrate"]
-FLAGS = ["--load-format", "dummy", "--enforce-eager", "--dtype", "bfloat16"]
+FLAGS = ["--load-format", "dummy", "--enforce-eager", "--dtype", fast_dtype()]
 # Sparse enough for the triangle to win at 2048 tokens on any machine.
 TRIMIX = {"starting_layer": 1, "n_init": 4, "n_local": 64, "last_n": 16, "prompt_logprobs": "triangle"}
 SHALLOW = {"shallow": {"pattern": "a_shape", "n_init": 4, "n_local": 64}}
@@ -73,7 +74,7 @@ def test_measures_and_writes_what_a_server_then_runs(model: Path, tmp_path: Path
     # Which one depends on the machine: the pattern's one layer of eight saves little.
     lengths = {sample["length"] for sample in dynamic}
     assert overlay["shallow"] == "dense" or overlay["shallow"]["min_seq_len"] in lengths
-    assert overlay["provenance"]["engine"]["dtype"] == "bfloat16"
+    assert overlay["provenance"]["engine"]["dtype"] == fast_dtype()
     assert list(short.glob("vllm-trimix-*")) == []
 
     command = shlex.split(process.stdout.splitlines()[-1])

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.cpu import fast_dtype
 from tests.engine.configurations import triangle
 from tests.engine.ledger import assert_balanced
 from tests.engine.models import save_tiny_llama
@@ -66,10 +67,10 @@ def handed_over(
     """Prefill by TRIMIX, then the same questions to a stock engine; and whether that answers right."""
     model, samples = circuit
     wave = [{"prompt": list(sample.prompt), "max_tokens": len(sample.answer)} for sample in samples]
-    producer = {"additional_config": {"trimix": {"layers": layers, "min_prompt_len": 0}}, "dtype": "bfloat16"}
+    producer = {"additional_config": {"trimix": {"layers": layers, "min_prompt_len": 0}}, "dtype": fast_dtype()}
     store = tmp_path / "store"
     first = run(tmp_path, model, wave, store, "kv_producer", producer, bad_extra_args=bad_extra_args)
-    second = run(tmp_path, model, wave, store, "kv_consumer", {**STOCK, "dtype": "bfloat16"})
+    second = run(tmp_path, model, wave, store, "kv_consumer", {**STOCK, "dtype": fast_dtype()})
     assert [said["cached_tokens"] for (said,) in second.waves] == [loaded(len(request["prompt"])) for request in wave]
     assert second.rows == {}
     right = [said["tokens"] == list(sample.answer) for sample, (said,) in zip(samples, second.waves, strict=True)]

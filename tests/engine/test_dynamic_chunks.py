@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.cpu import fast_dtype
 from tests.engine.run import ROOT, run_job
 from tests.engine.test_dynamic_circuit import CHUNK, FLEXPREFILL, LENGTH, SPEC, VERTICAL_SLASH, asked
 from vllm_trimix.demo.circuit import make_demo_model
@@ -48,7 +49,7 @@ def test_circuit(pattern: dict[str, Any], tmp_path: Path) -> None:
         engine = {
             "max_model_len": LENGTH + 64,
             "max_num_batched_tokens": chunk,
-            "dtype": "bfloat16",
+            "dtype": fast_dtype(),
             "additional_config": {"trimix": trimix},
         }
         result = run_job(tmp_path, tmp_path / "model", waves, engine=engine)
@@ -74,7 +75,7 @@ def test_trained(name: str, tmp_path: Path) -> None:
             ROOT / "tests/data/trained-small",
             [[request] for request in wave],
             engine={
-                "dtype": "bfloat16",
+                "dtype": fast_dtype(),
                 "max_model_len": SIZES["small"].max_positions,
                 "max_num_batched_tokens": chunk,
                 "additional_config": {

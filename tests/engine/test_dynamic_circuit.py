@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.cpu import fast_dtype
 from tests.engine.run import run_job
 from tests.probing.models import question
 from vllm_trimix.demo.circuit import make_demo_model
@@ -61,7 +62,7 @@ def right_answers(tmp_path: Path, model: Path, trimix: dict[str, Any], samples: 
     engine = {
         "max_model_len": LENGTH + 64,
         "max_num_batched_tokens": CHUNK,
-        "dtype": "bfloat16",
+        "dtype": fast_dtype(),
         "additional_config": {"trimix": {"stats_log_interval": 0.2, **trimix}},
     }
     requests = [{"prompt": list(sample.prompt), "max_tokens": len(sample.answer)} for sample in samples]

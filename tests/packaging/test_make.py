@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -93,8 +94,30 @@ def _argv(result: subprocess.CompletedProcess[str]) -> list[str]:
 
 def test_defaults_serve_the_demo_model(serve: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     result = serve()
-    assert _argv(result) == ["serve", "build/demo-model", *BASE, "8000", *DEMO]
+    # Whether the demo model runs in fp32 is the processor's affair.
+    assert [word for word in _argv(result) if word != "--dtype=float32"] == [
+        *("serve", "build/demo-model", *BASE, "8000", *DEMO)
+    ]
     assert "KVCACHE 2" in result.stdout
+
+
+def test_the_demo_model_runs_in_fp32_where_bf16_is_slow(tmp_path: Path) -> None:
+    serve = runpy.run_path(str(ROOT / "scripts" / "serve.py"))
+    cpuinfo = tmp_path / "cpuinfo"
+    for flags, fast in (("fpu avx2", False), ("avx2 avx512f", True), ("avx2 amx_tile", True), ("neon", True)):
+        cpuinfo.write_text(f"flags\t\t: {flags}\n")
+        assert serve["multiplies_bf16"](cpuinfo) is fast, flags
+    assert serve["multiplies_bf16"](tmp_path / "gone") is True
+
+    def words(fast: bool, **variables: str) -> list[str]:
+        found: list[str] = serve["serve_command"](variables, vllm="vllm", compiler=True, multiplies_bf16=fast)
+        return found
+
+    assert "--dtype=float32" not in words(True)
+    assert "--dtype=float32" in words(False)
+    # Another model is served as its users say; so is the demo model.
+    assert "--dtype=float32" not in words(False, MODEL="some/model")
+    assert words(False, SERVE_ARGS="--dtype bfloat16")[-2:] == ["--dtype", "bfloat16"]
 
 
 def test_overrides_reach_vllm_unharmed(serve: Callable[..., subprocess.CompletedProcess[str]]) -> None:

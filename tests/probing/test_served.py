@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="the preset is proven in vLLM")
 
+from tests.cpu import fast_dtype, has_wide_vectors
 from tests.engine.run import run_job
 from tests.probing.models import question
 from vllm_trimix.cli.main import main
@@ -18,7 +19,7 @@ from vllm_trimix.demo.circuit_spec import CircuitSpec
 from vllm_trimix.demo.prompts import make_demo_prompt
 from vllm_trimix.layers import format_layers
 
-LENGTH = 8192
+LENGTH = 8192 if has_wide_vectors() else 4096
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +36,12 @@ def probed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def right_answers(tmp_path: Path, model: Path, trimix: dict[str, Any], seeds: range) -> dict[int, float]:
-    """Share of right answers by hops, at 8K, served with this entry."""
+    """Share of right answers by hops, at ``LENGTH``, served with this entry."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     asked = [(hops, question(tokenizer, tokens=LENGTH, hops=hops, seed=seed)) for hops in (1, 2) for seed in seeds]
-    engine = {"max_model_len": LENGTH + 64, "dtype": "bfloat16", "additional_config": {"trimix": trimix}}
+    engine = {"max_model_len": LENGTH + 64, "dtype": fast_dtype(), "additional_config": {"trimix": trimix}}
     requests = [{"prompt": list(sample.prompt), "max_tokens": len(sample.answer)} for _, sample in asked]
     result = run_job(tmp_path, model, [[request] for request in requests], engine=engine)
     assert result.rows["triangle"] == len(asked) * (LENGTH - 128)

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 
+from tests.cpu import fast_dtype
 from tests.engine.run import logged_rows
 
 
@@ -82,6 +83,7 @@ def serve(
         f"--attention-backend={backend}",
         f"--port={port}",
         "--host=127.0.0.1",
+        f"--dtype={fast_dtype()}",
         "--max-model-len=18432",
         "--enforce-eager",
         "--enable-prompt-tokens-details",
