@@ -11,7 +11,6 @@ from pathlib import Path
 
 from benchmarks.kernels.bounds.bound import Bound
 from benchmarks.kernels.bounds.devices import DEVICES, Device, device_for
-from benchmarks.kernels.bounds.hopper import DENSE_FLOP_S, MATMUL_FLOP_S, markdown, predict
 from benchmarks.kernels.bounds.layer import WAYS, predict_layer
 from benchmarks.kernels.bounds.request import MODES, RequestPrediction, predict_request
 from benchmarks.kernels.bounds.sparse import predict_estimate, predict_selection, predict_sparse
@@ -19,10 +18,8 @@ from benchmarks.kernels.bounds.tables import LENGTHS, tables
 from benchmarks.kernels.generated import fill
 
 __all__ = [
-    "DENSE_FLOP_S",
     "DEVICES",
     "LENGTHS",
-    "MATMUL_FLOP_S",
     "MODES",
     "PAGE",
     "WAYS",
@@ -31,8 +28,6 @@ __all__ = [
     "RequestPrediction",
     "device_for",
     "main",
-    "markdown",
-    "predict",
     "predict_estimate",
     "predict_layer",
     "predict_request",

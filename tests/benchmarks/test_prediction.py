@@ -28,6 +28,7 @@ from benchmarks.kernels.prediction import (
     predict_selection,
     predict_sparse,
 )
+from vllm_trimix.patterns.triangle import Triangle
 
 HOPPER = ("H100", "H200")
 LONG = 131072
@@ -290,3 +291,12 @@ class TestBounds:
         assert compiled("sparse-64", 90).programs == 2
         with pytest.raises(ValueError, match=f"no stored report of prefill, sm_75.*{SERVED}"):
             compiled("prefill", 75)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_no_layer_multiplies_less_than_it_sees(length: int) -> None:
+    """Tiles can only add to the pairs of the mask."""
+    pattern = Triangle(n_init=8, n_local=512, last_n=128)
+    seen = pattern.visible_pairs(length) * 4 * 32 * 128 / DEVICES["H200"].matmul_flop_s
+    executed = predict_layer("H200", length, 8192).alone["tensor cores"]
+    assert seen <= executed < 1.5 * seen
