@@ -203,7 +203,7 @@ class Layer:
             "seq_lens": rows.seq_lens,
             "requests": rows.requests(),
         }
-        step = SimpleNamespace(stats=_stats())
+        step = SimpleNamespace(warming_up=False, stats=_stats())
         if self.situation.pattern:
             self._dynamic(arguments, step, common, query, output)
             return
