@@ -7,6 +7,7 @@ PYTEST_ARGS ?=
 # Test files run side by side in so many processes; 0 runs them in pytest's own, for --pdb.
 TEST_WORKERS ?= 2
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 # Taken literally ($ and quotes included) and handed to the scripts through the environment: no shell parses them.
 override MODEL := $(value MODEL)
@@ -21,7 +22,7 @@ PINS := $(wildcard requirements/constraints-*.txt)
 SOURCES := $(wildcard setup.py csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h)
 DEMO_MODEL := build/demo-model
 
-.PHONY: help install install-dev serve demo test test-full lint format clean distclean
+.PHONY: help install install-dev serve demo test test-full bench-check lint format clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -31,6 +32,7 @@ help:
 	@echo 'make demo       ask the served model a two-hop question about a 16K-token document, TRIMIX and dense; PORT=8000'
 	@echo 'make test       lint and tests, with all their set-up; PYTEST_ARGS="-k name"'
 	@echo 'make test-full  what that samples or leaves out: all cases of all tiers, the slow tests; goes on where it stopped'
+	@echo 'make bench-check  a few ratios to stock vLLM, about 5 minutes; fails when one got worse than on this kind of CPU before'
 	@echo 'make lint       ruff and mypy;  make format applies what ruff can'
 	@echo 'make clean      remove what was built;  make distclean also .venv'
 
@@ -85,6 +87,10 @@ test: $(INSTALLED_DEV) build/env.sh
 
 test-full: $(INSTALLED_DEV) build/env.sh
 	$(call run-tests,scripts/test_full.py)
+
+# BENCH_ARGS=--record keeps the run.
+bench-check: $(INSTALLED_DEV)
+	@exec $(BIN)/python -m benchmarks.benchmark_check $(BENCH_ARGS)
 
 lint: $(INSTALLED_DEV)
 	@failed=0; $(run-lint); exit $$failed

@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,13 +60,18 @@ class PlannedStep:
     def build(self, *, fresh: bool = True) -> Any:
         """The step's metadata, as its first KV-cache group builds it, or as another one does after that."""
         if fresh:
-            self.step.planned = False
-            self.step.plans.clear()
-        with (
-            mock.patch.object(requests, "_current", self.step),
-            mock.patch.object(self.builder.dense_builder_cls, "build", new=_no_metadata),
-        ):
+            self.forget()
+        with self.current(), mock.patch.object(self.builder.dense_builder_cls, "build", new=_no_metadata):
             return self.builder.build(0, self.common)
+
+    def forget(self) -> None:
+        """Makes the next build the step's first one."""
+        self.step.planned = False
+        self.step.plans.clear()
+
+    def current(self) -> AbstractContextManager[Any]:
+        """Within it, the step is the one that runs."""
+        return mock.patch.object(requests, "_current", self.step)
 
 
 def planned_step(model: Path, *, num_requests: int, num_prefill: int, layers: str = "4-7") -> PlannedStep:
@@ -128,13 +134,9 @@ def plan_time(planned: PlannedStep, *, spans: int, repeats: int = 1000) -> dict[
     if found != spans:
         raise RuntimeError(f"expected {spans} triangle spans, planned {found}")
     samples, empty = [], []
-    with (
-        mock.patch.object(requests, "_current", planned.step),
-        mock.patch.object(planned.builder.dense_builder_cls, "build", new=_no_metadata),
-    ):
+    with planned.current(), mock.patch.object(planned.builder.dense_builder_cls, "build", new=_no_metadata):
         for _ in range(repeats):
-            planned.step.planned = False
-            planned.step.plans.clear()
+            planned.forget()
             start = time.perf_counter()
             planned.builder.build(0, planned.common)
             middle = time.perf_counter()

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from vllm_trimix.hardware import multiplies_bf16
+
 DEMO_MODEL = "build/demo-model"
 DEMO_ARGS = ["--served-model-name", "demo", "--max-model-len", "40960"]
 DEMO_KVCACHE_GIB = "2"
@@ -64,15 +66,6 @@ def _parse_config(text: str) -> dict[str, object]:
     if "trimix" in config:
         raise ValueError(f"TRIMIX_CONFIG: leave out the outer 'trimix', it is added here; {example}")
     return config
-
-
-def multiplies_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether an x86 processor has AVX-512 or AMX; without them a bf16 product takes 60 times as long as in fp32."""
-    try:
-        flags = set(cpuinfo.read_text().split())
-    except OSError:
-        return True
-    return "avx2" not in flags or bool(flags & {"avx512f", "amx_tile"})
 
 
 def main() -> None:

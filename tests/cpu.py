@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from vllm_trimix.hardware import multiplies_bf16
 
 
 def has_wide_vectors() -> bool:
     """Whether it has AVX-512, AMX or is no x86: else vLLM's dense attention takes several times as long."""
-    return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+    return multiplies_bf16()
 
 
 def fast_dtype() -> str:
@@ -15,4 +15,4 @@ def fast_dtype() -> str:
 
     Without AVX-512 and AMX a bf16 product takes some 60 times as long as one in fp32.
     """
-    return "bfloat16" if has_wide_vectors() else "float32"
+    return "bfloat16" if multiplies_bf16() else "float32"

@@ -23,6 +23,15 @@ def cpu_name() -> str:
     return name[1] if name else platform.machine()
 
 
+def multiplies_bf16() -> bool:
+    """Whether the CPU multiplies bf16 well.
+
+    An x86 processor without AVX-512 and AMX doesn't: a product takes some 60 times as long as in fp32.
+    """
+    flags = set(cpuinfo().split())
+    return "avx2" not in flags or bool(flags & {"avx512f", "amx_tile"})
+
+
 def this_machine() -> str:
     """The devices of this machine that an engine here computes on: its GPUs, or its CPU."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from vllm_trimix import hardware
+
 ROOT = Path(__file__).parents[2]
 BASE = ["--attention-backend", "TRIMIX", "--port"]
 DEMO = ["--served-model-name", "demo", "--max-model-len", "40960"]
@@ -47,6 +49,9 @@ def checkout(tmp_path: Path) -> Path:
     binaries = tmp_path / ".venv/bin"
     binaries.mkdir(parents=True)
     (binaries / "python").symlink_to(sys.executable)
+    # The packages of the environment that runs the tests.
+    shutil.copy(Path(sys.prefix) / "pyvenv.cfg", tmp_path / ".venv")
+    (tmp_path / ".venv/lib").symlink_to(Path(sys.prefix) / "lib")
     (tmp_path / "build/demo-model").mkdir(parents=True)
     (tmp_path / "build/demo-model/config.json").touch()
     (tmp_path / ".venv/.installed").touch()
@@ -101,13 +106,14 @@ def test_defaults_serve_the_demo_model(serve: Callable[..., subprocess.Completed
     assert "KVCACHE 2" in result.stdout
 
 
-def test_the_demo_model_runs_in_fp32_where_bf16_is_slow(tmp_path: Path) -> None:
+def test_the_demo_model_runs_in_fp32_where_bf16_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     serve = runpy.run_path(str(ROOT / "scripts" / "serve.py"))
-    cpuinfo = tmp_path / "cpuinfo"
     for flags, fast in (("fpu avx2", False), ("avx2 avx512f", True), ("avx2 amx_tile", True), ("neon", True)):
-        cpuinfo.write_text(f"flags\t\t: {flags}\n")
-        assert serve["multiplies_bf16"](cpuinfo) is fast, flags
-    assert serve["multiplies_bf16"](tmp_path / "gone") is True
+        monkeypatch.setattr(hardware, "cpuinfo", lambda flags=flags: f"flags\t\t: {flags}\n")
+        assert serve["multiplies_bf16"]() is fast, flags
+    # No such description: no x86 Linux.
+    monkeypatch.setattr(hardware, "cpuinfo", lambda: "")
+    assert serve["multiplies_bf16"]() is True
 
     def words(fast: bool, **variables: str) -> list[str]:
         found: list[str] = serve["serve_command"](variables, vllm="vllm", compiler=True, multiplies_bf16=fast)
