@@ -33,7 +33,7 @@ from benchmarks.breakdown.report import REFUSED_FIX, plot, report
 from benchmarks.configurations import configurations
 from benchmarks.environment import environment
 from benchmarks.models import add_model_arguments, check_lengths, prepare_model, read_config
-from vllm_trimix.config import resolve
+from vllm_trimix.config.resolve import resolve
 
 ROOT = Path(__file__).parents[1]
 DEFAULT_ENGINE_ARGS = ("--load-format=dummy", "--dtype=bfloat16")

@@ -29,8 +29,8 @@ from tqdm import tqdm
 from benchmarks.environment import environment
 from benchmarks.forks import Fork
 from vllm_trimix.demo.bench_model import SHAPES, make_bench_model
-from vllm_trimix.hardware import multiplies_bf16
-from vllm_trimix.intervals import interval_confidence, median_interval
+from vllm_trimix.measurement.hardware import multiplies_bf16
+from vllm_trimix.measurement.intervals import interval_confidence, median_interval
 
 RECORDED = Path(__file__).with_name("bench_check.json")
 # Enough for a 95% interval that leaves the extremes out.

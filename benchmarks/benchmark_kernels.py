@@ -28,7 +28,7 @@ from benchmarks.kernels.contenders import CONTENDERS, Contender, dense_baseline,
 from benchmarks.kernels.counting import count_work, dense_pattern, roofline_fraction
 from benchmarks.kernels.problem import DTYPES, Settings, check, default_chunk, make_problem
 from benchmarks.kernels.timing import Result, measure, one_line
-from vllm_trimix.intervals import median_interval
+from vllm_trimix.measurement.intervals import median_interval
 from vllm_trimix.patterns.triangle import Triangle
 
 # (query heads, KV heads, head size, page, lengths, lengths of --quick): on CPU the bench model's layer and vLLM's

@@ -40,8 +40,8 @@ from benchmarks.prompts import KINDS, KV_RETRIEVAL, PUBLISHED_LENGTHS, RANDOM, w
 from benchmarks.report import markdown, plot_ttft
 from benchmarks.rounds import KEY_COUNTERS, Rounds, summarise
 from benchmarks.servers import Server, ServerError, choose_port, serve
-from vllm_trimix.config import Resolved
-from vllm_trimix.intervals import MIN_SAMPLES
+from vllm_trimix.config.entry import Resolved
+from vllm_trimix.measurement.intervals import MIN_SAMPLES
 
 _WARM_UP = -1
 _MAX_IDLE_CPU = 0.01

@@ -12,7 +12,8 @@ from typing import Any
 
 from benchmarks.models import read_config
 from benchmarks.rows import PUBLISHED_ROWS
-from vllm_trimix.config import Resolved, parse_config, resolve
+from vllm_trimix.config.entry import Resolved, parse_config
+from vllm_trimix.config.resolve import resolve
 
 STOCK = "stock"
 TRIMIX = "trimix"

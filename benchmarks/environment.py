@@ -10,7 +10,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from vllm_trimix.hardware import cpu_name, cpuinfo
+from vllm_trimix.measurement.hardware import cpu_name, cpuinfo
 
 _HERE = Path(__file__).parent
 

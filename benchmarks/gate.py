@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.configurations import STATS_SECONDS, Configuration
 from benchmarks.servers import SERVED_NAME, ServerError, serve
-from vllm_trimix.config import Resolved
+from vllm_trimix.config.entry import Resolved
 from vllm_trimix.demo.circuit import make_demo_model
 from vllm_trimix.demo.circuit_spec import CircuitSpec
 from vllm_trimix.demo.prompts import DemoPrompt, make_demo_prompt

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_trimix.demo.prompts import make_demo_prompt
-from vllm_trimix.prompt_text import draw_uuid, json_pairs
+from vllm_trimix.measurement.prompt_text import draw_uuid, json_pairs
 
 RANDOM, KV_RETRIEVAL, DOCUMENT = KINDS = ("random", "kv-retrieval", "document")
 # The published speed test: lengths, pairs and the one asked for. It cuts what is longer, the question with it, warms up

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.configurations import IDEAL, STOCK
-from vllm_trimix.config import Resolved
-from vllm_trimix.intervals import interval_confidence, median_interval
+from vllm_trimix.config.entry import Resolved
+from vllm_trimix.measurement.intervals import interval_confidence, median_interval
 
 Round = dict[str, Any]
 KEY_COUNTERS = ("dynamic_layer_rows", "keys_read", "keys_causal")

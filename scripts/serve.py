@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from vllm_trimix.hardware import multiplies_bf16
+from vllm_trimix.measurement.hardware import multiplies_bf16
 
 DEMO_MODEL = "build/demo-model"
 DEMO_ARGS = ["--served-model-name", "demo", "--max-model-len", "40960"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_trimix.hardware import multiplies_bf16
+from vllm_trimix.measurement.hardware import multiplies_bf16
 
 
 def has_wide_vectors() -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vllm_trimix.config import resolve
+from vllm_trimix.config.resolve import resolve
 from vllm_trimix.patterns.triangle import Triangle
 
 NAME = "vllm_trimix"

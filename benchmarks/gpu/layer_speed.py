@@ -23,8 +23,8 @@ from benchmarks.kernels import tiles
 from benchmarks.kernels.contenders import CONTENDERS, dense_baseline, select
 from benchmarks.kernels.problem import Settings, check, make_problem
 from benchmarks.kernels.timing import Measurement, Result
-from vllm_trimix.intervals import median_interval
 from vllm_trimix.kernels.triton_configs import config_for
+from vllm_trimix.measurement.intervals import median_interval
 from vllm_trimix.patterns.triangle import Triangle
 
 _WORKERS = 8

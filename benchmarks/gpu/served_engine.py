@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from vllm_trimix.engine_process import cause
+from vllm_trimix.measurement.engine_process import cause
 
 _POLL_SECONDS = 0.2
 _LETTERS = 300

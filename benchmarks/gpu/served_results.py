@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_trimix.intervals import median_interval
+from vllm_trimix.measurement.intervals import median_interval
 
 MODES = ("off", "triangle", "on")
 """Values of ``vllm_xargs.trimix``: stock's own path, the triangle, and the triangle with the pattern."""

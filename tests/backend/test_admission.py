@@ -10,8 +10,8 @@ from vllm import PoolingParams, SamplingParams
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.exceptions import VLLMValidationError
 
-from vllm_trimix.backend import admission, settings
-from vllm_trimix.config import resolve
+from vllm_trimix.backend import admission, names, namespaces
+from vllm_trimix.config.resolve import resolve
 
 
 class Processor:
@@ -24,7 +24,7 @@ class Processor:
         resolved = resolve(entry, model="m", num_layers=2)
         transfer = SimpleNamespace(kv_connector=connector) if connector else None
         self.vllm_config = SimpleNamespace(
-            additional_config={settings.RESOLVED: resolved.model_dump(mode="json")}, kv_transfer_config=transfer
+            additional_config={names.RESOLVED: resolved.model_dump(mode="json")}, kv_transfer_config=transfer
         )
 
 
@@ -53,7 +53,7 @@ def admit(processor: Processor, params: Any, *, salt: str | None = None, resumab
 def test_stamp_and_salt(params: SamplingParams, resumable: bool, reason: str | None) -> None:
     before = dict(params.extra_args or {})
     request = admit(Processor(), params, salt="tenant", resumable=resumable)
-    assert (request.sampling_params.extra_args or {}).get(admission.DENSE_KEY) == reason
+    assert (request.sampling_params.extra_args or {}).get(names.DENSE_KEY) == reason
     assert request.cache_salt == ("tenant" if reason is None else "trimix-dense:tenant")
     assert dict(params.extra_args or {}) == before, "the caller's own parameters were changed"
 
@@ -94,7 +94,7 @@ def test_connectors_that_ignore_salts_get_no_dense_requests() -> None:
     with pytest.raises(VLLMValidationError, match=r"opt_out.*ExampleConnector.*not known to honour cache_salt"):
         admit(Processor("ExampleConnector"), off)
     assert admit(Processor("ExampleConnector"), SamplingParams()).cache_salt is None
-    for name in admission.SALT_AWARE_CONNECTORS:
+    for name in namespaces.SALT_AWARE_CONNECTORS:
         assert name in KVConnectorFactory._registry, name
         assert admit(Processor(name), off).cache_salt == "trimix-dense"
 

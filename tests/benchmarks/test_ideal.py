@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from vllm_trimix.cli.main import main as trimix_cli
-from vllm_trimix.config import TrimixConfig
+from vllm_trimix.config.entry import TrimixConfig
 
 ROOT = Path(__file__).parents[2]
 

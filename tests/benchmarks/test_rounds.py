@@ -16,7 +16,8 @@ from benchmarks.gate import _counted, _gate_prompt, gate_spec
 from benchmarks.report import markdown, plot_ttft
 from benchmarks.rounds import Rounds, summarise
 from benchmarks.rows import PUBLISHED_ROWS
-from vllm_trimix.config import Resolved, resolve
+from vllm_trimix.config.entry import Resolved
+from vllm_trimix.config.resolve import resolve
 
 CONFIGURATIONS = configurations('{"starting_layer": 4}', [], ideal=True)
 RESOLVED: dict[str, Resolved | None] = {

@@ -1,4 +1,4 @@
-"""Speaks as ``backend/calibration_engine.py`` does, without an engine: ``FAKE_ENGINE`` in the environment says how.
+"""Speaks as ``backend/engines/calibration.py`` does, without an engine: ``FAKE_ENGINE`` in the environment says how.
 
 Keys, all optional: ``crossing`` (break-even, tokens) and ``dynamic_crossing`` (of the shallow pattern),
 ``resolved`` (changes to what ran), ``error`` (refuses the job), ``die_at`` and ``hang_at`` (number of the request),
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from tests.calibration.machine import Machine, triangle_ratio
+from vllm_trimix.calibration.break_even import VARIANTS
 
 DENSE_LEN = 8 + 512 + 128
 RESOLVED = {
@@ -70,6 +71,7 @@ def main() -> None:
         )
         for number, line in enumerate(sys.stdin):
             request = json.loads(line)
+            (variant,) = [name for name, extra_args in VARIANTS.items() if extra_args == request["extra_args"]]
             if number == how.get("die_at"):
                 print("(EngineCore pid=1) ERROR [core.py:1] ValueError: out of pages", flush=True)
                 raise RuntimeError("EngineCore died")
@@ -77,14 +79,14 @@ def main() -> None:
                 time.sleep(300)
             if how.get("rows", True):
                 print(f"(EngineCore pid=1) INFO TRIMIX rows: triangle={request['length']} last_n=1", flush=True)
-            if how.get("dynamic_rows", True) and request["variant"] == "dynamic":
+            if how.get("dynamic_rows", True) and variant == "dynamic":
                 keys = 1000 * request["length"]
                 print(
                     f"(EngineCore pid=1) INFO TRIMIX rows: triangle=0 triangle_layer_rows=0 dynamic_layer_rows=4 "
                     f"keys_read={int(DENSITY * keys)} keys_causal={keys} density_since_start=0.9 requests=1",
                     flush=True,
                 )
-            seconds = machine.ask(request["length"], request["seed"], request["variant"])
+            seconds = machine.ask(request["length"], request["seed"], variant)
             replies.write(json.dumps({"seconds": seconds / 1000}) + "\n")
 
 

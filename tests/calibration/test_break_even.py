@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.calibration.machine import Machine, triangle_ratio
-from vllm_trimix.calibration import (
+from vllm_trimix.calibration.break_even import (
     DEFAULT_REPEATS,
     DENSE,
     DYNAMIC,

@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 
 from tests.calibration.fake_engine import DENSITY, RESOLVED, SHALLOW
-from vllm_trimix import calibration
-from vllm_trimix.calibration import make_overlay
+from vllm_trimix.calibration import break_even, overlay
+from vllm_trimix.calibration.overlay import make_overlay
 from vllm_trimix.cli.main import main
-from vllm_trimix.config import Resolved, parse_config, resolve
+from vllm_trimix.config.entry import Resolved, parse_config
+from vllm_trimix.config.resolve import resolve
 
 ROOT = Path(__file__).parents[2]
 FAKE = "tests.calibration.fake_engine"
@@ -78,7 +79,7 @@ def test_it_writes_an_overlay_and_says_how_to_use_it(calibrate: Calibrate, tmp_p
     assert provenance["engine_args"] == flags
     assert provenance["ran"] == "layers=4-7 of=8 kernel=fake"
     assert [sample["length"] for sample in provenance["samples"]] == sorted(table)
-    assert {len(sample["dense_s"]) for sample in provenance["samples"]} == {calibration.DEFAULT_REPEATS}
+    assert {len(sample["dense_s"]) for sample in provenance["samples"]} == {break_even.DEFAULT_REPEATS}
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
     command = shlex.split(lines[-1])
@@ -212,7 +213,7 @@ def test_mistakes_are_named_before_an_engine_starts(
 ) -> None:
     monkeypatch.setattr("vllm_trimix.cli.calibrate._ENGINE", "no.such.module")
     (tmp_path / "folder.json").mkdir()
-    (tmp_path / "old.json").write_text(json.dumps({"layers": "1", "provenance": {"source": calibration.SOURCE}}))
+    (tmp_path / "old.json").write_text(json.dumps({"layers": "1", "provenance": {"source": overlay.SOURCE}}))
     status, out, err = calibrate(*argv)
     assert (status, out) == (2, "")
     assert err.startswith("vllm-trimix: error: ")
@@ -386,4 +387,4 @@ def test_a_head_file_that_no_overlay_could_name() -> None:
     heads = {**SHALLOW, "heads": [[0] * 8] * 4, "source": "heads.json"}
     resolved = Resolved.model_validate({**RESOLVED, "source": "model", "shallow": heads})
     with pytest.raises(ValueError, match=r"the head file heads.json is named by a preset .* name it here as well"):
-        calibration.overlay_shallow(parse_config({}), resolved, Path("o.json"))
+        overlay.overlay_shallow(parse_config({}), resolved, Path("o.json"))

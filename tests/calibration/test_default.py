@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from vllm_trimix.calibration import is_overlay
-from vllm_trimix.config import DEFAULT_MIN_PROMPT_LEN
-from vllm_trimix.intervals import CONFIDENCE
-from vllm_trimix.shallow import COMPILED_CPU_MIN_SEQ_LEN, DEFAULT_MIN_SEQ_LEN
+from vllm_trimix.calibration.overlay import is_overlay
+from vllm_trimix.config.entry import DEFAULT_MIN_PROMPT_LEN
+from vllm_trimix.config.shallow import COMPILED_CPU_MIN_SEQ_LEN, DEFAULT_MIN_SEQ_LEN
+from vllm_trimix.measurement.intervals import CONFIDENCE
 
 ROOT = Path(__file__).parents[2]
 OVERLAYS = sorted(ROOT.glob("benchmarks/results/*/calibrate*.json"))

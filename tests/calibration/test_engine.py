@@ -17,7 +17,8 @@ import pytest
 
 from tests.cpu import fast_dtype
 from vllm_trimix.cli.main import main
-from vllm_trimix.config import DEFAULT_MIN_PROMPT_LEN, resolve
+from vllm_trimix.config.entry import DEFAULT_MIN_PROMPT_LEN
+from vllm_trimix.config.resolve import resolve
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "vllm_trimix.cli.main", "calibrate"]

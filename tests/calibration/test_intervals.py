@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_trimix.intervals import CONFIDENCE, MIN_SAMPLES, interval_confidence, median_interval
+from vllm_trimix.measurement.intervals import CONFIDENCE, MIN_SAMPLES, interval_confidence, median_interval
 
 
 @pytest.mark.parametrize("count", [3, 5, 6, 7, 8, 9, 12])

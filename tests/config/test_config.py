@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from vllm_trimix.config import DEFAULT_MIN_PROMPT_LEN, resolve
-from vllm_trimix.layers import format_layers, parse_layers
-from vllm_trimix.presets import find_preset, preset_names
+from vllm_trimix.config.entry import DEFAULT_MIN_PROMPT_LEN
+from vllm_trimix.config.layers import format_layers, parse_layers
+from vllm_trimix.config.presets import find_preset, preset_names
+from vllm_trimix.config.resolve import resolve
 
 
 def run(raw: object, *, model: str = "some/model", num_layers: int = 32, entry: object = None) -> Any:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from vllm_trimix.config import Resolved, resolve
+from vllm_trimix.config.entry import Resolved
+from vllm_trimix.config.resolve import resolve
 
 
 def write(path: Path, entry: Any) -> str:

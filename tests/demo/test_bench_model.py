@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from vllm_trimix.cli.main import main
-from vllm_trimix.config import resolve
+from vllm_trimix.config.resolve import resolve
 from vllm_trimix.demo.bench_model import SHAPES, make_bench_model
 from vllm_trimix.demo.prompts import make_demo_prompt
 from vllm_trimix.demo.vocabulary import vocabulary

@@ -14,7 +14,7 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from vllm_trimix.cli.main import main
-from vllm_trimix.config import resolve
+from vllm_trimix.config.resolve import resolve
 from vllm_trimix.demo import vocabulary
 from vllm_trimix.demo.circuit import HEAD_SIZE, ROPE_THETA, circuit_weights, make_demo_model
 from vllm_trimix.demo.circuit_spec import CircuitSpec

@@ -12,10 +12,11 @@ import pytest
 from benchmarks.kernels.prediction import predict_layer
 from vllm_trimix.backend.announce import REASONS
 from vllm_trimix.cli.main import COMMANDS
-from vllm_trimix.config import TrimixConfig, parse_config, resolve
-from vllm_trimix.layers import format_layers
+from vllm_trimix.config.entry import TrimixConfig, parse_config
+from vllm_trimix.config.layers import format_layers
+from vllm_trimix.config.presets import preset_names
+from vllm_trimix.config.resolve import resolve
 from vllm_trimix.patterns.triangle import Triangle
-from vllm_trimix.presets import preset_names
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

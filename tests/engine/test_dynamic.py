@@ -12,7 +12,7 @@ from tests.engine.models import save_tiny_llama, true_dynamic_logprobs, true_log
 from tests.engine.run import PATTERN, Result, count, run_job
 from tests.engine.test_logprobs import prompts
 from tests.tiers import Tier
-from vllm_trimix.shallow import resolve_shallow
+from vllm_trimix.config.shallow import resolve_shallow
 
 pytestmark = pytest.mark.tier("F")
 

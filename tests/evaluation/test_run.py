@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vllm_trimix.config import resolve
+from vllm_trimix.config.resolve import resolve
 from vllm_trimix.evaluation import ablations, cells, report
 from vllm_trimix.evaluation.answers import Answers
 from vllm_trimix.evaluation.askers import Lost
@@ -18,7 +18,7 @@ from vllm_trimix.evaluation.configurations import Configuration, parse
 from vllm_trimix.evaluation.prompts import Prompts
 from vllm_trimix.evaluation.run import Outcome, run
 from vllm_trimix.evaluation.sample import Measure, Sample
-from vllm_trimix.evaluation.suites.base import Context, Unavailable
+from vllm_trimix.evaluation.suite import Context, Unavailable
 
 STOCK, SPARSE = Configuration("stock", None), Configuration("trimix", {"starting_layer": 2})
 ABOUT = {"kind": "evaluation", "model": "m"}
@@ -186,7 +186,7 @@ def test_gives_up_where_everything_fails(tmp_path: Path) -> None:
 
 def make_report(folder: Path, outcome: Outcome, answers: Answers, prompts: Prompts) -> dict[str, Any]:
     results = cells.results(answers, {"stock": None, "trimix": None})
-    evaluation = report.Evaluation(
+    evaluation = outcome.Evaluation(
         suite="mine",
         model="m",
         settings={"samples": 4, "seed": 1, "asked": "an oracle", "concurrency": 1},

@@ -15,8 +15,8 @@ from vllm_trimix.evaluation import documents, haystack, reach
 from vllm_trimix.evaluation.languages import ENGLISH
 from vllm_trimix.evaluation.making import Write, fill
 from vllm_trimix.evaluation.sample import METRICS, Measure, Sample
+from vllm_trimix.evaluation.suite import Context, MakeSamples, Unavailable
 from vllm_trimix.evaluation.suites import ruler
-from vllm_trimix.evaluation.suites.base import Context, MakeSamples, Unavailable
 from vllm_trimix.evaluation.suites.registry import SUITES
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"

@@ -16,7 +16,7 @@ from tests.evaluation import tokenizers
 from vllm_trimix.evaluation import documents, haystack, lm_eval_ruler, reach
 from vllm_trimix.evaluation.languages import ENGLISH
 from vllm_trimix.evaluation.sample import METRICS, Sample
-from vllm_trimix.evaluation.suites.base import Context, Unavailable
+from vllm_trimix.evaluation.suite import Context, Unavailable
 from vllm_trimix.evaluation.suites.registry import SUITES
 from vllm_trimix.evaluation.suites.ruler import OWN_SOURCE, TASKS
 

@@ -17,7 +17,7 @@ from tests.faults.traffic import KINDS, MAX_MODEL_LEN, WAVE, Chaos, Kind
 from tests.server.server import Server, serve
 from tests.tiers import Tier
 from vllm_trimix.cli.main import main
-from vllm_trimix.config import DEFAULT_MIN_PROMPT_LEN
+from vllm_trimix.config.entry import DEFAULT_MIN_PROMPT_LEN
 from vllm_trimix.demo.prompts import make_demo_prompt
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from tests.hostile.values import CONFIG_KEYS, ENTRY, LAYERS, ODD, TOKENS, VALUES, nested
 from tests.tiers import Tier
-from vllm_trimix.config import MAX_BASES, MAX_PRESET_BYTES, Resolved, resolve
+from vllm_trimix.config.entry import Resolved
+from vllm_trimix.config.preset_files import MAX_BASES, MAX_PRESET_BYTES
+from vllm_trimix.config.resolve import resolve
 from vllm_trimix.untrusted import MAX_TOKENS
 
 NUM_LAYERS, NUM_HEADS = 32, 4

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.tiers import Tier
-from vllm_trimix import head_files
-from vllm_trimix.config import resolve
+from vllm_trimix.config import head_files
+from vllm_trimix.config.resolve import resolve
 
 ROOT = Path(__file__).parents[2]
 HEADS = [{"0": ["stream_llm", 1, 1, 0], "1": ["stream_llm", 1, 1, 0]}] * 2

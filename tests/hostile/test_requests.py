@@ -15,8 +15,8 @@ from vllm.exceptions import VLLMValidationError
 from tests.backend.test_admission import Processor, admit
 from tests.hostile.values import VALUES, nested
 from tests.tiers import Tier
-from vllm_trimix.backend import admission, requests
-from vllm_trimix.config import resolve
+from vllm_trimix.backend import admission, names, requests
+from vllm_trimix.config.resolve import resolve
 
 KEYS = st.sampled_from(
     ("trimix", "trimix", "trimix", "trimix_dense", "trimix_", "Trimix", "TRIMIX", "trimixed", " trimix", "tri", "other")
@@ -53,7 +53,7 @@ def outcome(step: Any, extra_args: Any) -> str:
         finally:
             admission._engines.discard(processor)
     ours = [key for key in extra_args or {} if str(key).lower().startswith("trimix")]
-    valid = all(key == "trimix" and extra_args[key] in admission.ALLOWED for key in ours)
+    valid = all(key == "trimix" and extra_args[key] in names.ALLOWED for key in ours)
     if said[0].startswith("extra_args"):
         # vLLM's own limits, which it checks at construction, before ours, and some of them at admission again.
         assert said[1] == said[0] or (said[1] == "accepted") == valid

@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from vllm_trimix.config import TrimixConfig
+from vllm_trimix.config.entry import TrimixConfig
 from vllm_trimix.patterns.registry import PATTERNS
 
 HUGE = (2**31 - 1, 2**31, 2**63 - 1, 2**63, 2**64, 10**400, -(2**31), -(10**400))

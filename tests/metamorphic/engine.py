@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 
 from vllm_trimix.backend import dynamic
+from vllm_trimix.config.shallow import Shallow
 from vllm_trimix.kernels import cpp_sparse, torch_sparse
 from vllm_trimix.kernels.reference import masked_attention
 from vllm_trimix.kernels.torch_cpu import known_layouts, triangle_prefill
@@ -23,7 +24,6 @@ from vllm_trimix.patterns.a_shape import AShape
 from vllm_trimix.patterns.selection import Selection
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.plan import Request, Span, build_dynamic_plan, build_plan
-from vllm_trimix.shallow import Shallow
 
 VOCABULARY, HIDDEN, PAGES = 50, 32, 64
 

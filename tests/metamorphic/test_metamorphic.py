@@ -19,10 +19,10 @@ import torch
 from tests.budget import assert_within_budget
 from tests.metamorphic.engine import VOCABULARY, Engine, Item, Sequence, Spec, masks, whole
 from tests.tiers import Tier
+from vllm_trimix.config.shallow import resolve_shallow
 from vllm_trimix.kernels import cpp_sparse
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.plan import Request
-from vllm_trimix.shallow import resolve_shallow
 
 pytestmark = pytest.mark.tier("D")
 
@@ -209,8 +209,8 @@ def test_a_prefix_hit_keeps_the_rule_of_its_rows(tier: Tier) -> None:
 
     Which requests share a cache is the product's policy: opted-out requests and triangle requests never do.
     """
-    admission = pytest.importorskip("vllm_trimix.backend.admission", reason="needs vLLM")
-    from vllm_trimix.config import Resolved
+    from vllm_trimix.backend.namespaces import namespace
+    from vllm_trimix.config.entry import Resolved
 
     for key, rng in seeds(tier, "prefix", sample=24):
         spec = a_spec(rng, shallow=None)
@@ -230,7 +230,7 @@ def test_a_prefix_hit_keeps_the_rule_of_its_rows(tier: Tier) -> None:
             source="config",
             shallow=spec.shallow,
         )
-        salts = [admission.namespace(resolved, one.request.dense_reason, None) for one in (owner, later)]
+        salts = [namespace(resolved, one.request.dense_reason, None) for one in (owner, later)]
         pages = min(common, later.prompt_len - 1) // spec.page_size if salts[0] == salts[1] else 0
         cached = pages * spec.page_size
         engine = Engine(spec, seed=rng.getrandbits(9))

@@ -28,7 +28,7 @@ TESTS: dict[str, dict[str, tuple[str, ...]]] = {
     ),
     "vllm_trimix/kernels/torch_cpu.py": dict.fromkeys(("triangle_prefill", "_span"), CPU),
     "vllm_trimix/kernels/work_items.py": dict.fromkeys(("cut_work", "_parts", "_cut_tiles"), WORK),
-    "vllm_trimix/layers.py": dict.fromkeys(("parse_layers", "format_layers"), LAYERS),
+    "vllm_trimix/config/layers.py": dict.fromkeys(("parse_layers", "format_layers"), LAYERS),
 }
 """Functions that are mutated, and the tests that must notice."""
 

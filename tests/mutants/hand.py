@@ -252,12 +252,12 @@ _GROUPS = (
         (("a chunk's first, partial block overwritten", "out[:, bool(first) :][:, :whole]", "out[:, :whole]"),),
     ),
     Group(
-        "vllm_trimix/shallow.py",
+        "vllm_trimix/config/shallow.py",
         (f"{METAMORPHIC}::test_slices_of_heads_are_all_heads",),
         (("every TP rank has the first rank's slice of a head file", "[first : first + num_heads]", "[:num_heads]"),),
     ),
     Group(
-        "vllm_trimix/config.py",
+        "vllm_trimix/config/resolve.py",
         (CONFIG,),
         (
             ("a preset's keys win over the user's", "in (config, preset):", "in (preset, config):"),
@@ -274,7 +274,7 @@ _GROUPS = (
         ),
     ),
     Group(
-        "vllm_trimix/config.py",
+        "vllm_trimix/config/entry.py",
         (ADMISSION,),
         (("fingerprint without the patterns", 'exclude={"dense_backend",', 'exclude={"shallow", "dense_backend",'),),
     ),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_trimix import hardware
+from vllm_trimix.measurement import hardware
 
 ROOT = Path(__file__).parents[2]
 BASE = ["--attention-backend", "TRIMIX", "--port"]

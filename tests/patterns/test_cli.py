@@ -12,7 +12,7 @@ import pytest
 
 from vllm_trimix.cli.main import main
 from vllm_trimix.cli.patterns import KERNELS, density
-from vllm_trimix.head_files import write_head_file
+from vllm_trimix.config.head_files import write_head_file
 from vllm_trimix.patterns.a_shape import AShape
 from vllm_trimix.patterns.base import DynamicPattern
 from vllm_trimix.patterns.block_sparse import BlockSparse

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vllm_trimix.cli.main import build_parser
 from vllm_trimix.cli.patterns import KERNELS
-from vllm_trimix.head_files import read_head_file
+from vllm_trimix.config.head_files import read_head_file
 from vllm_trimix.patterns.flexprefill import DENSE_KEYS, MAX_COLUMNS, FlexPrefill
 from vllm_trimix.patterns.registry import PATTERNS
 from vllm_trimix.patterns.vertical_slash import FORCED_COLUMNS, FORCED_SLASHES, VerticalSlash

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_trimix import head_files
-from vllm_trimix.head_files import FORMAT, HeadFile, check_head_file, read_head_file, write_head_file
+from vllm_trimix.config import head_files
+from vllm_trimix.config.head_files import FORMAT, HeadFile, check_head_file, read_head_file, write_head_file
 from vllm_trimix.patterns.a_shape import AShape
 from vllm_trimix.patterns.base import DynamicPattern
 from vllm_trimix.patterns.block_sparse import BlockSparse

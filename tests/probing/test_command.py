@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from vllm_trimix.cli.main import main
-from vllm_trimix.config import resolve
+from vllm_trimix.config.resolve import resolve
 from vllm_trimix.demo.circuit import make_demo_model
 from vllm_trimix.demo.circuit_spec import CircuitSpec
 from vllm_trimix.demo.prompts import make_demo_prompt

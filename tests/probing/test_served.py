@@ -14,10 +14,10 @@ from tests.cpu import fast_dtype, has_wide_vectors
 from tests.engine.run import run_job
 from tests.probing.models import question
 from vllm_trimix.cli.main import main
+from vllm_trimix.config.layers import format_layers
 from vllm_trimix.demo.circuit import make_demo_model
 from vllm_trimix.demo.circuit_spec import CircuitSpec
 from vllm_trimix.demo.prompts import make_demo_prompt
-from vllm_trimix.layers import format_layers
 
 LENGTH = 8192 if has_wide_vectors() else 4096
 

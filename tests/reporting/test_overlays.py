@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tests.reporting.reading import report
-from vllm_trimix import calibration, calibration_report
-from vllm_trimix.calibration import DENSE, DYNAMIC, TRIANGLE, Comparison, Row
+from vllm_trimix.calibration import overlay
+from vllm_trimix.calibration import report as calibration_report
+from vllm_trimix.calibration.break_even import DENSE, DYNAMIC, TRIANGLE, Comparison, Row
 
 TRIANGLE_ROWS = [
     Row(512, (0.1, 0.11, 0.1, 0.1, 0.1, 0.1), (0.1, 0.1, 0.1, 0.11, 0.1, 0.1), is_control=True),
@@ -26,7 +27,7 @@ DYNAMIC_ROWS = [
 
 def _overlay() -> dict[str, Any]:
     provenance = {
-        "source": calibration.SOURCE,
+        "source": overlay.SOURCE,
         "date": "2026-01-02",
         "hardware": "Some CPU",
         "warnings": ["the machine was not quiet"],
@@ -86,8 +87,8 @@ def _changed(**changes: Any) -> dict[str, Any]:
         _changed(other_s=[1.0]),
         _changed(length=None),
         _changed(density={}),
-        {**_overlay(), "provenance": {"source": calibration.SOURCE, "samples": [3]}},
-        {**_overlay(), "provenance": {"source": calibration.SOURCE, "samples": {"a": 1}}},
+        {**_overlay(), "provenance": {"source": overlay.SOURCE, "samples": [3]}},
+        {**_overlay(), "provenance": {"source": overlay.SOURCE, "samples": {"a": 1}}},
     ],
 )
 def test_a_changed_overlay_is_shown_as_it_is(overlay: dict[str, Any], tmp_path: Path) -> None:

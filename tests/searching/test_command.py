@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 
 from vllm_trimix.cli.main import main
-from vllm_trimix.config import resolve
+from vllm_trimix.config.head_files import read_head_file
+from vllm_trimix.config.resolve import resolve
+from vllm_trimix.config.shallow import resolve_shallow
 from vllm_trimix.demo.circuit import make_demo_model
 from vllm_trimix.demo.circuit_spec import CircuitSpec
 from vllm_trimix.demo.prompts import make_demo_prompt
-from vllm_trimix.head_files import read_head_file
 from vllm_trimix.patterns.a_shape import AShape
 from vllm_trimix.patterns.dense import Dense
 from vllm_trimix.searching import search
-from vllm_trimix.shallow import resolve_shallow
 
 ROOT = Path(__file__).parents[2]
 FILES = ["costs.png", "heads.json", "patterns.png", "progress", "report.md", "search.json"]

@@ -14,7 +14,7 @@ import pytest
 
 from tests.engine.models import save_tiny_llama
 from tests.tiers import Tier
-from vllm_trimix.intervals import interval_confidence, median_interval
+from vllm_trimix.measurement.intervals import interval_confidence, median_interval
 
 ROOT = Path(__file__).parents[2]
 CLOCKS = ("wall", "processor")

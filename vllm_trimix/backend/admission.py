@@ -17,27 +17,14 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from vllm_trimix.backend import compat
-from vllm_trimix.config import Resolved
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.input_processor import InputProcessor
+
+from vllm_trimix.backend import compat, settings
+from vllm_trimix.backend.names import ALLOWED, DENSE_KEY, KEY, reads_prompt_rows, uses_trimix
+from vllm_trimix.backend.namespaces import RESERVED, namespace, unsalted_connector
 from vllm_trimix.untrusted import quoted
-
-KEY = "trimix"
-# Stamped by admission, read by workers; users may not set it.
-DENSE_KEY = "trimix_dense"
-SALT = "trimix-dense"
-TRIANGLE_SALT = "trimix-triangle"
-DYNAMIC_SALT = "trimix-dynamic"
-ALLOWED = ("on", "triangle", "off")
-
-# Connectors that move blocks between two requests of one id (NIXL), key them by vLLM's own salted hashes (offloading),
-# or pass the salt on (LMCache, multi-process).
-SALT_AWARE_CONNECTORS = (
-    "NixlConnector",
-    "NixlPullConnector",
-    "NixlPushConnector",
-    "OffloadingConnector",
-    "LMCacheMPConnector",
-)
 
 BEAM_REQUESTS = (
     ("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest"),
@@ -49,9 +36,6 @@ _engines: weakref.WeakSet[Any] = weakref.WeakSet()
 
 def install() -> None:
     """Installs both hooks; called where a TRIMIX configuration is made."""
-    from vllm.sampling_params import SamplingParams
-    from vllm.v1.engine.input_processor import InputProcessor
-
     compat.wrap_once(InputProcessor, "__init__", _registered)
     compat.wrap_once(InputProcessor, "process_inputs", _admitted)
     compat.wrap_once(SamplingParams, "_verify_args", _verified)
@@ -67,8 +51,6 @@ def check_extra_args(extra_args: dict[str, Any] | None) -> None:
     Raises:
         VLLMValidationError: HTTP 400; names the value and the allowed ones.
     """
-    from vllm.exceptions import VLLMValidationError
-
     if not extra_args:
         return
     if not isinstance(extra_args, dict):
@@ -95,8 +77,6 @@ def check_extra_args(extra_args: dict[str, Any] | None) -> None:
 
 def dense_reason(params: Any, *, resumable: bool, prompt_logprobs: str) -> str | None:
     """Why a request needs the dense namespace, or None."""
-    from vllm_trimix.backend.requests import reads_prompt_rows
-
     if not hasattr(params, "extra_args"):
         return "pooling"
     if (params.extra_args or {}).get(KEY) == "off":
@@ -108,25 +88,8 @@ def dense_reason(params: Any, *, resumable: bool, prompt_logprobs: str) -> str |
     return None
 
 
-def namespace(resolved: Resolved, reason: str | None, extra_args: dict[str, Any] | None) -> str | None:
-    """The prefix-cache namespace of a request, or None for the common one.
-
-    Args:
-        resolved: What runs.
-        reason: Why the request is dense, or None.
-        extra_args: The request's own arguments.
-    """
-    if reason is not None:
-        return SALT
-    if resolved.shallow is None:
-        return None
-    return TRIANGLE_SALT if (extra_args or {}).get(KEY) == "triangle" else f"{DYNAMIC_SALT}-{resolved.fingerprint}"
-
-
 def _registered(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        from vllm_trimix.backend.registration import uses_trimix
-
         original(self, vllm_config, *args, **kwargs)
         if uses_trimix(vllm_config):
             _engines.add(self)
@@ -142,8 +105,6 @@ def _admitted(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, request_id, prompt, params, *args, resumable=resumable, **kwargs)
         check_extra_args(getattr(params, "extra_args", None))
         request = original(self, request_id, prompt, params, *args, resumable=resumable, **kwargs)
-        from vllm_trimix.backend import settings
-
         _refuse_reserved_salt(request.cache_salt)
         resolved = settings.of(self.vllm_config)
         reason = dense_reason(params, resumable=resumable, prompt_logprobs=resolved.prompt_logprobs)
@@ -173,8 +134,6 @@ def _verified(original: Callable[..., Any]) -> Callable[..., Any]:
 def _beam(original: Callable[..., Any]) -> Callable[..., Any]:
     def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _engines:
-            from vllm.exceptions import VLLMValidationError
-
             check_extra_args(self.vllm_xargs)
             choice = (self.vllm_xargs or {}).get(KEY, "on")
             if choice != "on":
@@ -190,9 +149,7 @@ def _beam(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _refuse_reserved_salt(cache_salt: str | None) -> None:
     """A triangle request that carried the dense namespace's salt would fill it with keys of a triangle prefill."""
-    from vllm.exceptions import VLLMValidationError
-
-    for salt in (SALT, TRIANGLE_SALT, DYNAMIC_SALT):
+    for salt in RESERVED:
         if cache_salt is not None and cache_salt.startswith(salt):
             raise VLLMValidationError(
                 f"cache_salt {quoted(cache_salt)} starts with {salt!r}, which TRIMIX keeps for requests of its own "
@@ -202,11 +159,8 @@ def _refuse_reserved_salt(cache_salt: str | None) -> None:
 
 
 def _refuse_unsalted_connector(vllm_config: Any, reason: str) -> None:
-    from vllm.exceptions import VLLMValidationError
-
-    transfer = vllm_config.kv_transfer_config
-    name = getattr(transfer, "kv_connector", None)
-    if name is None or name in SALT_AWARE_CONNECTORS:
+    name = unsalted_connector(vllm_config)
+    if name is None:
         return
     raise VLLMValidationError(
         f"this request must prefill densely ({reason}), but KV connector {name} may hand it keys and values of a "

@@ -7,9 +7,10 @@ from typing import Any
 from vllm.distributed.parallel_state import get_world_group
 from vllm.logger import init_logger
 
-from vllm_trimix.config import Resolved
-from vllm_trimix.layers import format_layers
-from vllm_trimix.shallow import Shallow
+from vllm_trimix.backend import settings
+from vllm_trimix.config.entry import Resolved
+from vllm_trimix.config.layers import format_layers
+from vllm_trimix.config.shallow import Shallow
 from vllm_trimix.stats import Stats, log_periodically
 
 logger = init_logger("vllm.vllm_trimix")
@@ -83,8 +84,6 @@ def shallow_label(shallow: Shallow | None) -> str:
 
 def start_stats_log(vllm_config: Any, stats: Stats) -> None:
     """Starts the periodic line, on rank 0, unless it is turned off."""
-    from vllm_trimix.backend import settings
-
     interval = settings.of(vllm_config).stats_log_interval
     if interval and is_rank_zero():
         log_periodically(stats, interval, logger.info)

@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import AttentionBackend
 
 from vllm_trimix.backend.builder import SharedWorkspace, TrimixBuilder
 from vllm_trimix.backend.impl import TrimixImpl
-from vllm_trimix.backend.registration import NAME
+from vllm_trimix.backend.names import NAME
 
 DENSE_BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "CPU_ATTN")
 

@@ -10,9 +10,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 # Nothing else of this package: a process with another backend pays for what is imported here.
 from vllm_trimix.backend import compat
-
-NAME = "TRIMIX"
-CLASS_PATH = "vllm_trimix.backend.attention.TrimixBackend"
+from vllm_trimix.backend.names import CLASS_PATH, ENTRY, NAME, RESOLVED, uses_trimix
 
 # Under vLLM's logger namespace, so that its handlers and level apply.
 logger = init_logger("vllm.vllm_trimix")
@@ -54,13 +52,6 @@ def restore_member() -> AttentionBackendEnum:
     return AttentionBackendEnum[NAME]
 
 
-def uses_trimix(vllm_config: Any) -> bool:
-    """Whether any attention layer of this engine was asked to use TRIMIX."""
-    attention = vllm_config.attention_config
-    per_kind = getattr(attention, "backend_per_kind", None) or {}
-    return any(getattr(backend, "name", None) == NAME for backend in (attention.backend, *per_kind.values()))
-
-
 def _checked_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def check_and_update_config(cls: type, vllm_config: Any) -> None:
         selected = uses_trimix(vllm_config)
@@ -68,6 +59,7 @@ def _checked_config(original: Callable[..., Any]) -> Callable[..., Any]:
             raise _configuration_error(reason)
         original(cls, vllm_config)
         if selected:
+            # Heavy: only where TRIMIX runs.
             from vllm_trimix.backend import admission, settings
 
             try:
@@ -85,14 +77,15 @@ def _checked_config(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _configuration_error(reason: str) -> Exception:
-    from vllm_trimix.config import ConfigurationError
+    # Heavy, likewise: pydantic.
+    from vllm_trimix.config.entry import ConfigurationError
 
     return ConfigurationError(reason)
 
 
 def _ignored_entry(additional: Any) -> bool:
     """Whether a ``trimix`` entry was written for nothing; a draft model's copy of a TRIMIX configuration is not."""
-    return isinstance(additional, dict) and "trimix" in additional and "trimix_resolved" not in additional
+    return isinstance(additional, dict) and ENTRY in additional and RESOLVED not in additional
 
 
 def _composed_backend(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,6 +94,7 @@ def _composed_backend(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> str:
         if getattr(selected_backend, "name", None) != NAME:
             return str(original(cls, selected_backend, attn_selector_config, num_heads))
+        # Heavy, likewise.
         from vllm_trimix.backend import attention, settings
 
         forced = settings.current().dense_backend

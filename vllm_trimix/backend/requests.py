@@ -13,9 +13,9 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from vllm_trimix.backend import compat
-from vllm_trimix.backend.admission import DENSE_KEY, KEY
-from vllm_trimix.config import Resolved
+from vllm_trimix.backend import announce, compat, settings
+from vllm_trimix.backend.names import DENSE_KEY, KEY, RESOLVED, reads_prompt_rows
+from vllm_trimix.config.entry import Resolved
 from vllm_trimix.plan import Request
 from vllm_trimix.stats import Stats
 
@@ -122,11 +122,6 @@ class Step:
         return rows + [None] * (num_rows - len(rows))
 
 
-def reads_prompt_rows(params: Any) -> bool:
-    """Whether a request's answer depends on the outputs of prompt rows."""
-    return params.prompt_logprobs is not None or getattr(params, "prompt_logprob_token_ids", None) is not None
-
-
 _steps: weakref.WeakKeyDictionary[Any, Step] = weakref.WeakKeyDictionary()
 _current: Step | None = None
 
@@ -169,9 +164,7 @@ def _tracked(original: Callable[..., Any]) -> Callable[..., Any]:
         global _current
         step = _steps.get(self)
         if step is None:
-            from vllm_trimix.backend import announce, settings
-
-            if settings.RESOLVED not in (self.vllm_config.additional_config or {}):
+            if RESOLVED not in (self.vllm_config.additional_config or {}):
                 return original(self, scheduler_output, *args, **kwargs)
             step = _steps[self] = Step(self, settings.of(self.vllm_config))
             announce.start_stats_log(self.vllm_config, step.stats)

@@ -9,8 +9,9 @@ import torch
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_trimix.backend.registration import NAME, register_trimix
-from vllm_trimix.config import Resolved
+from vllm_trimix.backend.names import ENTRY, NAME
+from vllm_trimix.backend.registration import register_trimix
+from vllm_trimix.config.entry import Resolved
 from vllm_trimix.kernels.reference import gather_pages, masked_attention
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.plan import Plan, Span
@@ -139,7 +140,7 @@ def resolved_for(model: str, raw: Any) -> tuple[Resolved, str]:
 
     from vllm_trimix.backend import settings
 
-    entry = {} if raw is None else {settings.ENTRY: raw}
+    entry = {} if raw is None else {ENTRY: raw}
     args = EngineArgs(model=model, attention_backend=NAME, additional_config=entry, enforce_eager=True)
     resolved = settings.of(args.create_engine_config())
     dense = resolved.dense_backend or ("CPU_ATTN" if current_platform.is_cpu() else "the platform's dense backend")

@@ -6,13 +6,18 @@ import functools
 import json
 from typing import Any
 
-from vllm_trimix.config import Resolved, resolve
-from vllm_trimix.layers import format_layers
-from vllm_trimix.shallow import COMPILED_CPU_MIN_SEQ_LEN, DEFAULT_MIN_SEQ_LEN
-from vllm_trimix.untrusted import quoted
+import vllm.envs as envs
+from vllm.config import get_current_vllm_config
+from vllm.platforms import current_platform
 
-ENTRY = "trimix"
-RESOLVED = "trimix_resolved"
+from vllm_trimix.backend.names import ENTRY, RESOLVED
+from vllm_trimix.backend.namespaces import SALT_AWARE_CONNECTORS, unsalted_connector
+from vllm_trimix.config.entry import Resolved
+from vllm_trimix.config.layers import format_layers
+from vllm_trimix.config.resolve import resolve
+from vllm_trimix.config.shallow import COMPILED_CPU_MIN_SEQ_LEN, DEFAULT_MIN_SEQ_LEN
+from vllm_trimix.kernels import cpp_sparse
+from vllm_trimix.untrusted import quoted
 
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2")
 
@@ -80,8 +85,6 @@ def _parse(text: str) -> Resolved:
 
 def current() -> Resolved:
     """The settings of the engine whose configuration is current in this process."""
-    from vllm.config import get_current_vllm_config
-
     return of(get_current_vllm_config())
 
 
@@ -114,8 +117,6 @@ def _check_model(vllm_config: Any) -> None:
 
 def _check_features(vllm_config: Any) -> None:
     """Refuses what the plan can't follow."""
-    import vllm.envs as envs
-
     parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
     asked = {
         "--prefill-context-parallel-size": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
@@ -133,8 +134,6 @@ def _check_features(vllm_config: Any) -> None:
 
 
 def _check_dense_backend(resolved: Resolved) -> None:
-    from vllm.platforms import current_platform
-
     forced = resolved.dense_backend
     if forced is not None and current_platform.is_cpu() != (forced == "CPU_ATTN"):
         raise ValueError(
@@ -145,20 +144,14 @@ def _check_dense_backend(resolved: Resolved) -> None:
 
 def _min_seq_len() -> int:
     """From which length on dynamic patterns are taken to pay on this machine."""
-    from vllm.platforms import current_platform
-
-    from vllm_trimix.kernels import cpp_sparse
-
     compiled = current_platform.is_cpu() and cpp_sparse.is_available()
     return COMPILED_CPU_MIN_SEQ_LEN if compiled else DEFAULT_MIN_SEQ_LEN
 
 
 def _check_connector(vllm_config: Any) -> None:
     """Refuses to share keys that a dynamic pattern computed through a store that can't tell them from others."""
-    from vllm_trimix.backend.admission import SALT_AWARE_CONNECTORS
-
-    name = getattr(vllm_config.kv_transfer_config, "kv_connector", None)
-    if name is not None and name not in SALT_AWARE_CONNECTORS:
+    name = unsalted_connector(vllm_config)
+    if name is not None:
         raise ValueError(
             f"trimix.shallow: KV connector {name} is not known to honour cache_salt, and would mix keys of different "
             f"patterns; remove one of them, or use one of {', '.join(SALT_AWARE_CONNECTORS)}"

@@ -14,20 +14,28 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vllm_trimix import calibration
-from vllm_trimix import calibration_report as report
-from vllm_trimix.calibration import Comparison, Row
+from vllm_trimix.calibration import break_even, report
+from vllm_trimix.calibration.break_even import Comparison, Row
+from vllm_trimix.calibration.overlay import (
+    SERVER_KEYS,
+    SOURCE,
+    check_base,
+    check_output,
+    make_overlay,
+    overlay_shallow,
+    write_overlay,
+)
 from vllm_trimix.cli.arguments import whole
-from vllm_trimix.config import Resolved, TrimixConfig, parse_config
-from vllm_trimix.engine_process import EngineDied, EngineProcess
+from vllm_trimix.config.entry import Resolved, TrimixConfig, parse_config
+from vllm_trimix.measurement.engine_process import EngineDied, EngineProcess
 
 TAKES_ENGINE_FLAGS = True
 
-_ENGINE = "vllm_trimix.backend.calibration_engine"
+_ENGINE = "vllm_trimix.backend.engines.calibration"
 _START_LINE = r"TRIMIX: (layers=.*)"
 _LOG_SECONDS = 10.0
 # What the log says once rows of a variant were computed.
-_RAN = {calibration.TRIANGLE: r"TRIMIX rows: triangle=[1-9]", calibration.DYNAMIC: r"dynamic_layer_rows=[1-9]"}
+_RAN = {break_even.TRIANGLE: r"TRIMIX rows: triangle=[1-9]", break_even.DYNAMIC: r"dynamic_layer_rows=[1-9]"}
 _KEYS = re.compile(r"TRIMIX rows: .* keys_read=(\d+) keys_causal=(\d+) ")
 # Until what a row of the table ran is in the log.
 _SETTLE_SECONDS = 1.2
@@ -58,12 +66,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--max-length",
         type=whole,
         metavar="TOKENS",
-        help=f"longest prompt (default: {calibration.LONGEST}, or what the model can take)",
+        help=f"longest prompt (default: {break_even.LONGEST}, or what the model can take)",
     )
     parser.add_argument(
         "--repeats",
         type=whole,
-        default=calibration.DEFAULT_REPEATS,
+        default=break_even.DEFAULT_REPEATS,
         help="pairs of requests per length (default: %(default)s, with which the interval survives a disturbed pair)",
     )
     parser.add_argument(
@@ -95,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
         "flags": args.flags,
         "trimix": entry.model_dump(exclude_unset=True),
         "max_length": args.max_length,
+        "shortest": break_even.SHORTEST,
+        "longest": break_even.LONGEST,
     }
     try:
         with EngineProcess(_ENGINE, job, left=left) as engine:
@@ -110,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
                 ) from None
             resolved = Resolved.model_validate(ready["ready"]["resolved"])
             if resolved.shallow is not None:
-                calibration.overlay_shallow(entry, resolved, output)
+                overlay_shallow(entry, resolved, output)
             compared = comparisons(resolved, ready["ready"].get("shallow_dense_len"))
             measured = measure_all(
                 engine, compared, resolved, longest=ready["longest"], repeats=args.repeats, left=left
@@ -121,11 +131,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"vllm-trimix: error: {died}", file=sys.stderr)
         return 1
     warnings = [warning for rows in measured.values() for warning in report.cautions(rows)]
-    found = {candidate: calibration.break_even(rows) for candidate, rows in measured.items()}
+    found = {candidate: break_even.break_even(rows) for candidate, rows in measured.items()}
     # Without a length at which the triangle pays, nothing else makes a server worth it.
     needed = compared[0].candidate
-    if needed != calibration.DYNAMIC and found.get(calibration.DYNAMIC, 0) is None:
-        warnings.append(report.stays_dense(measured[calibration.DYNAMIC], resolved))
+    if needed != break_even.DYNAMIC and found.get(break_even.DYNAMIC, 0) is None:
+        warnings.append(report.stays_dense(measured[break_even.DYNAMIC], resolved))
     for warning in warnings:
         _say(f"warning: {warning}")
     if found[needed] is None:
@@ -136,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
         if length is not None:
             print(report.verdict(comparison, resolved, length))
     provenance = {
-        "source": calibration.SOURCE,
+        "source": SOURCE,
         "date": datetime.date.today().isoformat(),
         "model": args.model,
         "hardware": ready["ready"]["hardware"],
@@ -146,19 +156,19 @@ def run(args: argparse.Namespace) -> int:
         "ran": ran[1].strip() if ran else "",
         "measured": report.method(args.repeats),
         "warnings": warnings,
-        "samples": [row.as_json() for row in measured.get(calibration.TRIANGLE, [])],
+        "samples": [row.as_json() for row in measured.get(break_even.TRIANGLE, [])],
     }
-    if calibration.DYNAMIC in measured:
-        provenance["dynamic_samples"] = [row.as_json() for row in measured[calibration.DYNAMIC]]
-    overlay = calibration.make_overlay(
+    if break_even.DYNAMIC in measured:
+        provenance["dynamic_samples"] = [row.as_json() for row in measured[break_even.DYNAMIC]]
+    overlay = make_overlay(
         entry,
         resolved,
-        min_prompt_len=found.get(calibration.TRIANGLE),
-        min_seq_len=found.get(calibration.DYNAMIC),
+        min_prompt_len=found.get(break_even.TRIANGLE),
+        min_seq_len=found.get(break_even.DYNAMIC),
         output=output,
         provenance=provenance,
     )
-    calibration.write_overlay(overlay, output)
+    write_overlay(overlay, output)
     print(f"wrote {output}; serve with:\n\n{serve_command(args.model, args.flags, entry, output)}")
     return 0
 
@@ -172,10 +182,10 @@ def comparisons(resolved: Resolved, shallow_dense_len: int | None) -> list[Compa
     """
     found = []
     if resolved.layers:
-        found.append(Comparison(calibration.DENSE, calibration.TRIANGLE, resolved.triangle.dense_len))
+        found.append(Comparison(break_even.DENSE, break_even.TRIANGLE, resolved.triangle.dense_len))
     if shallow_dense_len is not None:
-        baseline = calibration.TRIANGLE if resolved.layers else calibration.DENSE
-        found.append(Comparison(baseline, calibration.DYNAMIC, shallow_dense_len))
+        baseline = break_even.TRIANGLE if resolved.layers else break_even.DENSE
+        found.append(Comparison(baseline, break_even.DYNAMIC, shallow_dense_len))
     return found
 
 
@@ -186,12 +196,12 @@ def check(args: argparse.Namespace) -> tuple[TrimixConfig, Path]:
         ValueError: Naming the argument, its value and the fix.
         OSError: The overlay can't be written.
     """
-    if args.repeats < calibration.MIN_REPEATS:
+    if args.repeats < break_even.MIN_REPEATS:
         raise ValueError(
-            f"--repeats: {args.repeats} is too few; the least is {calibration.MIN_REPEATS}, and a 95% interval needs 6"
+            f"--repeats: {args.repeats} is too few; the least is {break_even.MIN_REPEATS}, and a 95% interval needs 6"
         )
     if args.max_length is not None:
-        calibration.sweep_lengths(args.max_length)
+        break_even.sweep_lengths(args.max_length)
     if any(flag in ("-h", "--help") or flag.startswith("--help=") for flag in args.flags):
         raise ValueError("engine flags (after --): for help on them run: vllm serve --help=all")
     if args.model.startswith("-"):
@@ -211,8 +221,8 @@ def check(args: argparse.Namespace) -> tuple[TrimixConfig, Path]:
             f"--trimix: shallow.min_seq_len ({entry.shallow['min_seq_len']}) is what is measured; leave it out"
         )
     output = args.output or Path(f"trimix-{model_name(args.model)}.json")
-    calibration.check_output(output)
-    calibration.check_base(entry, output)
+    check_output(output)
+    check_base(entry, output)
     return entry, output
 
 
@@ -257,7 +267,7 @@ def measure(
     """
     _say(report.announcement(comparison, resolved))
     print(report.header(comparison, repeats), flush=True)
-    is_dynamic = comparison.candidate == calibration.DYNAMIC
+    is_dynamic = comparison.candidate == break_even.DYNAMIC
     checked = False
     keys_before = _keys(engine.log)
     densities: dict[int, float | None] = {}
@@ -282,9 +292,11 @@ def measure(
             checked = True
 
     def ask(length: int, seed: int, variant: str) -> float:
-        return float(engine.ask({"length": length, "seed": seed, "variant": variant})["seconds"])
+        return float(
+            engine.ask({"length": length, "seed": seed, "extra_args": break_even.VARIANTS[variant]})["seconds"]
+        )
 
-    rows = calibration.measure(ask, comparison, longest=longest, repeats=repeats, left=left, on_row=on_row, say=_say)
+    rows = break_even.measure(ask, comparison, longest=longest, repeats=repeats, left=left, on_row=on_row, say=_say)
     return [dataclasses.replace(row, density=densities.get(row.length)) for row in rows]
 
 
@@ -301,7 +313,7 @@ def _before(left: Callable[[], float], reserved: float) -> float:
 
 def serve_command(model: str, flags: Sequence[str], entry: TrimixConfig, output: Path) -> str:
     """The ``vllm serve`` command that uses the overlay, from any folder."""
-    kept = {key: getattr(entry, key) for key in calibration.SERVER_KEYS if key in entry.model_fields_set}
+    kept = {key: getattr(entry, key) for key in SERVER_KEYS if key in entry.model_fields_set}
     backend = [] if "TRIMIX" in flags else ["--attention-backend", "TRIMIX"]
     additional = json.dumps({"trimix": {"preset": str(output.resolve()), **kept}})
     return shlex.join(["vllm", "serve", model, *backend, *flags, "--additional-config", additional])

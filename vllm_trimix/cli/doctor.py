@@ -128,7 +128,7 @@ def _model(model: str, config: str | None) -> str:
     import json
 
     from vllm_trimix.backend.selfcheck import resolved_for
-    from vllm_trimix.layers import format_layers
+    from vllm_trimix.config.layers import format_layers
 
     try:
         raw = json.loads(config) if config else None

@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm_trimix.cli import hf_model
 from vllm_trimix.cli.arguments import whole
-from vllm_trimix.config import Resolved
+from vllm_trimix.config.entry import Resolved
 
 TAKES_ENGINE_FLAGS = True
 _SUITES = ("ruler", "niah", "retrieval", "ppl", "agreement")
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     from vllm_trimix.evaluation.answers import Answers
     from vllm_trimix.evaluation.prompts import Prompts
     from vllm_trimix.evaluation.run import run as ask_all
-    from vllm_trimix.evaluation.suites.base import Context
+    from vllm_trimix.evaluation.suite import Context
 
     language = languages.detect(source.tokenizer)
     lengths = _lengths(args.lengths, suite.lengths, source.max_length, args.model)
@@ -150,7 +150,7 @@ def _finish(
     outcome: Any,
 ) -> int:
     """Writes the results and says what they are."""
-    from vllm_trimix.evaluation import cells, report
+    from vllm_trimix.evaluation import cells, outcome, report
 
     facts = answers.facts
     mine = [a for a in answers if outcome.samples.get(a.sample) == a.digest]
@@ -162,7 +162,7 @@ def _finish(
     }
     results = cells.results(mine, resolved)
     stock = facts.get(configurations[0].name, {})
-    evaluation = report.Evaluation(
+    evaluation = outcome.Evaluation(
         suite=suite,
         model=args.model,
         settings=settings,
@@ -277,7 +277,7 @@ def _configurations(args: argparse.Namespace, source: hf_model.Description, need
 
 
 def _resolve(entry: dict[str, Any], model: str, source: hf_model.Description) -> Resolved:
-    from vllm_trimix.config import resolve
+    from vllm_trimix.config.resolve import resolve
 
     text = source.config.get_text_config()
     return resolve(

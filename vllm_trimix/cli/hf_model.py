@@ -7,7 +7,7 @@ import platform
 import shlex
 from typing import Any, NamedTuple
 
-from vllm_trimix.hardware import cpu_name
+from vllm_trimix.measurement.hardware import cpu_name
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_trimix.head_files import HeadFile
+    from vllm_trimix.config.head_files import HeadFile
     from vllm_trimix.patterns.base import DynamicPattern
 
 # Module under vllm_trimix/kernels -> what it runs on. They walk lists of blocks and columns, whatever chose those.
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--length: {args.length} is too small; the least is 1")
     if args.plot is not None:
         _need_matplotlib()
-    from vllm_trimix.head_files import read_head_file
+    from vllm_trimix.config.head_files import read_head_file
 
     file = read_head_file(args.file, where="patterns show")
     if args.layer is not None and not 0 <= args.layer < len(file.layers):

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from vllm_trimix.presets import find_preset, preset_names
+from vllm_trimix.config.presets import find_preset, preset_names
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

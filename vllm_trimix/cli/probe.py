@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _say(outcome: Any, preset: Path, folder: Path) -> int:
-    from vllm_trimix.layers import format_layers
+    from vllm_trimix.config.layers import format_layers
 
     print(f"triangle layers: {format_layers(outcome.chosen)} ({len(outcome.chosen)} of {len(outcome.importance)})")
     print(f"report: {folder / 'report.md'}")

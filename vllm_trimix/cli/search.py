@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_trimix.cli import hf_model
-from vllm_trimix.layers import format_layers, parse_layers
+from vllm_trimix.config.layers import format_layers, parse_layers
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.searching import ADAPTIVE, HEAD_BUDGET, SCORES, TOLERANCE
 
@@ -242,8 +242,8 @@ def _prompts(args: argparse.Namespace, source: hf_model.Source, lengths: list[in
 
 def _triangle_layers(source: hf_model.Source, num_layers: int) -> tuple[int, ...] | None:
     """Triangle layers of the preset that serving would take; None: there is none."""
-    from vllm_trimix.config import resolve
-    from vllm_trimix.presets import find_preset
+    from vllm_trimix.config.presets import find_preset
+    from vllm_trimix.config.resolve import resolve
 
     entry = getattr(source.config, "trimix", None)
     if entry is None and find_preset(source.name) is None:

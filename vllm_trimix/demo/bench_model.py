@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_trimix.config.layers import parse_layers
 from vllm_trimix.demo.checkpoint import MAX_POSITIONS, write_checkpoint
 from vllm_trimix.demo.vocabulary import vocabulary
-from vllm_trimix.layers import parse_layers
 from vllm_trimix.patterns.triangle import Triangle
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}

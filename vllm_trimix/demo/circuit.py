@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
+from vllm_trimix.config.layers import format_layers
 from vllm_trimix.demo.checkpoint import MAX_POSITIONS, write_checkpoint
 from vllm_trimix.demo.circuit_spec import PREVIOUS_TOKEN_LAYER, CircuitSpec
 from vllm_trimix.demo.codewords import CODE_BITS, codewords
 from vllm_trimix.demo.vocabulary import BOS, EOS, SPECIALS, TRIGGERS, vocabulary
-from vllm_trimix.layers import format_layers
 from vllm_trimix.patterns.triangle import Triangle
 
 HIDDEN_SIZE = 384

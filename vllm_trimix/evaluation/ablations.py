@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_trimix.config import Resolved
+from vllm_trimix.config.entry import Resolved
+from vllm_trimix.config.layers import format_layers
 from vllm_trimix.evaluation.configurations import Configuration
-from vllm_trimix.layers import format_layers
 
 Entry = dict[str, Any]
 

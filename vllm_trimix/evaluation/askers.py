@@ -13,14 +13,19 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Protocol
 
-from vllm_trimix.engine_process import EngineProcess
 from vllm_trimix.evaluation.configurations import STOCK, TRIMIX, Configuration
 from vllm_trimix.evaluation.sample import NUM_LOGPROBS, Measure, Sample
-from vllm_trimix.hardware import this_machine
+from vllm_trimix.measurement.engine_process import EngineProcess
+from vllm_trimix.measurement.hardware import this_machine
 
-_ENGINE = "vllm_trimix.backend.evaluation_engine"
+_ENGINE = "vllm_trimix.backend.engines.evaluation"
 _ROWS = re.compile(r"TRIMIX rows: (triangle=\d+ dynamic=\d+ .*)")
 _START_LINE = re.compile(r"TRIMIX: (layers=.*)")
+# What else the engine reads of a prompt.
+_READ: dict[Measure, dict[str, Any]] = {
+    Measure.PERPLEXITY: {"nll": True},
+    Measure.AGREEMENT: {"logprobs": NUM_LOGPROBS},
+}
 # Until what the last request ran is in the log.
 _SETTLE_SECONDS = 1.2
 
@@ -60,7 +65,13 @@ class EngineAsker:
             EngineDied: It ended.
         """
         stock = configuration.entry is None
-        job = {"model": model, "flags": flags, "trimix": configuration.entry, "max_model_len": max_model_len}
+        job = {
+            "model": model,
+            "flags": flags,
+            "trimix": configuration.entry,
+            "max_model_len": max_model_len,
+            "max_logprobs": NUM_LOGPROBS,
+        }
         # Stock is vLLM without the plugin, not the plugin at rest.
         environment = {"VLLM_PLUGINS": _other_plugins()} if stock else {}
         self._configuration = configuration
@@ -88,7 +99,7 @@ class EngineAsker:
     def ask(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
         """As ``Asker.ask``; an engine that died is told from its log."""
         prompts = [
-            {"tokens": sample.prompt, "max_tokens": sample.max_tokens, "measure": str(sample.measure)}
+            {"tokens": sample.prompt, "max_tokens": sample.max_tokens, **_READ.get(sample.measure, {})}
             for sample in samples
         ]
         answers: list[dict[str, Any]] = self._process.ask({"prompts": prompts})["answers"]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vllm_trimix.config import Resolved
+from vllm_trimix.config.entry import Resolved
 from vllm_trimix.evaluation.answers import Answer
 from vllm_trimix.evaluation.configurations import STOCK
 from vllm_trimix.evaluation.sample import Measure
@@ -19,7 +19,7 @@ from vllm_trimix.evaluation.statistics import (
     paired_difference,
     shared_prefix,
 )
-from vllm_trimix.intervals import median_interval
+from vllm_trimix.measurement.intervals import median_interval
 
 SOLVED = 0.2
 """Where stock scores less on average, the model can't do the task, and a comparison says little."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_trimix.config import parse_config
+from vllm_trimix.config.entry import parse_config
 
 STOCK = "stock"
 TRIMIX = "trimix"

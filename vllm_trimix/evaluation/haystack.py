@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from vllm_trimix.demo.prompts import filler_sentence
 from vllm_trimix.demo.vocabulary import FILLER_TEMPLATES, SLOTS
 from vllm_trimix.evaluation.making import Asked, Write, generator
-from vllm_trimix.prompt_text import draw_uuid
+from vllm_trimix.measurement.prompt_text import draw_uuid
 
 TEMPLATE = (
     "Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you about "

@@ -21,7 +21,7 @@ from typing import Any
 from vllm_trimix.evaluation import making, reach
 from vllm_trimix.evaluation.making import Asked
 from vllm_trimix.evaluation.sample import Sample
-from vllm_trimix.evaluation.suites.base import Context, Unavailable
+from vllm_trimix.evaluation.suite import Context, Unavailable
 
 ANSWER_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
 # For joints where two texts make more tokens together, and for the names that vt's example gets anew.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_trimix.evaluation.sample import Sample
-from vllm_trimix.evaluation.suites.base import Context
-from vllm_trimix.prompt_text import NoRoom, largest, templated, token_ids
+from vllm_trimix.evaluation.suite import Context
+from vllm_trimix.measurement.prompt_text import NoRoom, largest, templated, token_ids
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,13 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_trimix.evaluation.cells import SOLVED, Result, overall
 from vllm_trimix.evaluation.configurations import STOCK, Configuration
+from vllm_trimix.evaluation.outcome import Evaluation
 from vllm_trimix.evaluation.sample import Measure
 from vllm_trimix.evaluation.statistics import Difference
-
-if TYPE_CHECKING:
-    from vllm_trimix.evaluation.report import Evaluation
 
 
 def markdown(evaluation: Evaluation, pictures: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from vllm_trimix.evaluation import making
 from vllm_trimix.evaluation.languages import trained_keys
 from vllm_trimix.evaluation.making import Asked
 from vllm_trimix.evaluation.sample import Sample
-from vllm_trimix.evaluation.suites.base import Context, MakeSamples
+from vllm_trimix.evaluation.suite import Context, MakeSamples
 
 ANSWER_TOKENS = 4
 """Of an answer, which is one word: one token."""

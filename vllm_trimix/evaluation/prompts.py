@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from vllm_trimix.evaluation.sample import Sample
-from vllm_trimix.evaluation.suites.base import Context, MakeSamples, Unavailable
+from vllm_trimix.evaluation.suite import Context, MakeSamples, Unavailable
 
 _KEPT_TOKENS = 4_000_000
 

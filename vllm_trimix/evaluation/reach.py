@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
-from vllm_trimix.evaluation.suites.base import Unavailable
+from vllm_trimix.evaluation.suite import Unavailable
 
 _SECONDS = 5
 

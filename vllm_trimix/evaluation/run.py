@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_trimix.engine_process import EngineDied
 from vllm_trimix.evaluation.answers import Answers, answer_of
 from vllm_trimix.evaluation.askers import Asker, Lost
 from vllm_trimix.evaluation.configurations import Configuration
 from vllm_trimix.evaluation.prompts import Prompts
 from vllm_trimix.evaluation.sample import Sample
+from vllm_trimix.measurement.engine_process import EngineDied
 
 _MAX_FAILURES = 10
 """Failures in a row after which a configuration is given up: the reason is not the prompt."""

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_trimix.measurement.prompt_text import NoRoom, draw_uuid, json_pairs, largest, templated, token_ids
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.probing.gradient import Sample
-from vllm_trimix.prompt_text import NoRoom, draw_uuid, json_pairs, largest, templated, token_ids
 
 _KV_HEAD = "Extract the value corresponding to the specified key in the JSON object below.\n\n"
 _KV_TAIL = '\n\nKey: "{key}"\nWhat is the value of this key? Give the value only.'

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_trimix import __version__
-from vllm_trimix.layers import format_layers
+from vllm_trimix.config.layers import format_layers
 from vllm_trimix.probing.choice import CONFIDENCE, MAX_DROP, upper_bound
 from vllm_trimix.probing.gradient import SECTIONS
 from vllm_trimix.probing.probe import Outcome

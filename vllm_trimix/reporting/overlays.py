@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_trimix import calibration, calibration_report
-from vllm_trimix.calibration import Comparison, Row
+from vllm_trimix.calibration import break_even, report
+from vllm_trimix.calibration.break_even import Comparison, Row
+from vllm_trimix.calibration.overlay import SOURCE
 from vllm_trimix.reporting.facts import BLOCKS, KEYS
 from vllm_trimix.reporting.tables import Table, tables_of
 
@@ -45,7 +46,7 @@ def view(value: Any) -> View:
 
 def _measured(value: Any) -> list[list[Row]]:
     provenance = value["provenance"]
-    if provenance["source"] != calibration.SOURCE:
+    if provenance["source"] != SOURCE:
         return []
     lists = [[_row(sample) for sample in provenance[key]] for key in _SAMPLES if provenance.get(key)]
     if any(row.names != rows[0].names for rows in lists for row in rows):
@@ -69,7 +70,7 @@ def _row(sample: dict[str, Any]) -> Row:
         density=None if density is None else float(density),
     )
     # Reads all figures, so that what is wrong shows here.
-    calibration_report.cells(row)
+    report.cells(row)
     return row
 
 
@@ -78,7 +79,7 @@ def _comparison(rows: Sequence[Row]) -> Comparison:
 
 
 def _verdict(rows: Sequence[Row]) -> str:
-    found, (baseline, candidate) = calibration.break_even(rows), rows[0].names
+    found, (baseline, candidate) = break_even.break_even(rows), rows[0].names
     if found is None:
         return f"No break-even of {candidate} over {baseline} up to {rows[-1].length} tokens."
     return (
@@ -90,6 +91,6 @@ def _table(rows: Sequence[Row]) -> Table:
     comparison = _comparison(rows)
     return Table(
         f"Time to first token, {comparison.candidate} over {comparison.baseline}",
-        calibration_report.columns(comparison, len(rows[0].baseline)),
-        [calibration_report.cells(row) for row in rows],
+        report.columns(comparison, len(rows[0].baseline)),
+        [report.cells(row) for row in rows],
     )

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm_trimix import __version__
-from vllm_trimix.head_files import write_head_file
-from vllm_trimix.layers import format_layers
+from vllm_trimix.config.head_files import write_head_file
+from vllm_trimix.config.layers import format_layers
 from vllm_trimix.searching.candidates import name_of
 from vllm_trimix.searching.plots import plot_costs, plot_patterns
 from vllm_trimix.searching.search import Head, Outcome

@@ -9,7 +9,7 @@ from benchmarks.kernels.bounds.compiled import SERVED
 from benchmarks.kernels.bounds.devices import Device, device_named
 from benchmarks.kernels.bounds.layer import PATTERN, chunks_of, dense_bound, predict_layer
 from benchmarks.kernels.bounds.sparse import predict_selection, predict_sparse
-from vllm_trimix.config import DEFAULT_MIN_PROMPT_LEN
+from vllm_trimix.config.entry import DEFAULT_MIN_PROMPT_LEN
 from vllm_trimix.demo.bench_model import SHAPES, ModelShape
 
 MODES = ("stock", "triangle", "triangle+pattern", "floor")

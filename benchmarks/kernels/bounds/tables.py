@@ -17,7 +17,7 @@ from benchmarks.kernels.bounds.sparse import (
     predict_sparse,
 )
 from benchmarks.kernels.bounds.targets import targets
-from vllm_trimix.shallow import DEFAULT_MIN_SEQ_LEN
+from vllm_trimix.config.shallow import DEFAULT_MIN_SEQ_LEN
 
 LENGTHS = (8192, 32768, 65536, 131072)
 CHUNK = 8192

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.kernels.bounds.layer import predict_layer
 from benchmarks.kernels.bounds.request import predict_request
-from vllm_trimix.shallow import DEFAULT_MIN_SEQ_LEN
+from vllm_trimix.config.shallow import DEFAULT_MIN_SEQ_LEN
 
 DEVICE = "H200"
 CHUNK = 8192

@@ -11,7 +11,7 @@ from vllm_trimix.evaluation.languages import ENGLISH, RECORDS, VAULT
 from vllm_trimix.evaluation.making import Asked, Write, generator
 from vllm_trimix.evaluation.own_languages import ANSWER_TOKENS, records, vault
 from vllm_trimix.evaluation.sample import Measure, Sample
-from vllm_trimix.evaluation.suites.base import Context, MakeSamples, Suite
+from vllm_trimix.evaluation.suite import Context, MakeSamples, Suite
 
 _MAX_TOKENS = 16
 _SUMMARY = "\n\nSummarise the text above in three sentences."

@@ -7,7 +7,7 @@ from vllm_trimix.evaluation.languages import ENGLISH, RECORDS, VAULT
 from vllm_trimix.evaluation.making import fill
 from vllm_trimix.evaluation.own_languages import records, vault_hops
 from vllm_trimix.evaluation.sample import Sample
-from vllm_trimix.evaluation.suites.base import Context, Suite
+from vllm_trimix.evaluation.suite import Context, Suite
 
 DEPTHS = tuple(tenth / 10 for tenth in range(11))
 

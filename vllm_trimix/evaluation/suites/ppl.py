@@ -14,8 +14,8 @@ from vllm_trimix.demo.trained_task import draw_document, trained_vocabulary
 from vllm_trimix.evaluation import making, reach
 from vllm_trimix.evaluation.languages import ENGLISH, RECORDS, VAULT, trained_keys
 from vllm_trimix.evaluation.sample import Measure, Sample
-from vllm_trimix.evaluation.suites.base import Context, Suite, Unavailable
-from vllm_trimix.prompt_text import token_ids
+from vllm_trimix.evaluation.suite import Context, Suite, Unavailable
+from vllm_trimix.measurement.prompt_text import token_ids
 
 _BOOKS = "emozilla/pg19-test"
 # The engine must generate one.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from vllm_trimix.evaluation.suite import Suite
 from vllm_trimix.evaluation.suites.agreement import AGREEMENT
-from vllm_trimix.evaluation.suites.base import Suite
 from vllm_trimix.evaluation.suites.niah import NIAH
 from vllm_trimix.evaluation.suites.ppl import PPL
 from vllm_trimix.evaluation.suites.retrieval import RETRIEVAL

@@ -9,8 +9,8 @@ from vllm_trimix.evaluation.languages import ENGLISH, RECORDS, VAULT
 from vllm_trimix.evaluation.making import Asked, fill, generator
 from vllm_trimix.evaluation.own_languages import records, vault
 from vllm_trimix.evaluation.sample import Sample
-from vllm_trimix.evaluation.suites.base import Context, MakeSamples, Suite
-from vllm_trimix.prompt_text import draw_uuid, json_pairs
+from vllm_trimix.evaluation.suite import Context, MakeSamples, Suite
+from vllm_trimix.measurement.prompt_text import draw_uuid, json_pairs
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 _HIDDEN = "There is an important info hidden inside a lot of irrelevant text. Find it"

@@ -8,7 +8,7 @@ from vllm_trimix.evaluation.languages import ENGLISH, RECORDS, VAULT
 from vllm_trimix.evaluation.making import Write, fill
 from vllm_trimix.evaluation.own_languages import records, vault, vault_hops
 from vllm_trimix.evaluation.sample import Sample
-from vllm_trimix.evaluation.suites.base import Context, MakeSamples, Suite, Unavailable
+from vllm_trimix.evaluation.suite import Context, MakeSamples, Suite, Unavailable
 
 OWN_SOURCE = "own: prose instead of essays (no network)"
 OWN_DOCUMENTS_SOURCE = "own: fictional documents (no network)"

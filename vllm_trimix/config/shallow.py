@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_trimix.layers import check_size, format_layers, parse_layers
+from vllm_trimix.config.layers import check_size, format_layers, parse_layers
 from vllm_trimix.untrusted import MAX_TOKENS, check_object, quoted
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def _patterns(
         raise ValueError(f"{where}: {quoted(list(own))} can't stand beside heads: the file has each head's parameters")
     if num_heads is None:
         raise ValueError(f"{where}.heads: head files need the model's number of heads, which is not known here")
-    from vllm_trimix.head_files import check_head_file, read_head_file
+    from vllm_trimix.config.head_files import check_head_file, read_head_file
 
     file = read_head_file(config.heads, where=f"{where}.heads")
     check_head_file(file, num_layers=num_layers, num_heads=num_heads, layers=layers, where=f"{where}.heads")

@@ -24,8 +24,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from vllm_trimix.backend import compat, settings
-from vllm_trimix.backend.registration import NAME
-from vllm_trimix.hardware import cpu_name, cpuinfo
+from vllm_trimix.backend.names import NAME, RESOLVED
 
 # A served engine chooses its chunk sizes by this.
 CONTEXT = UsageContext.OPENAI_API_SERVER
@@ -88,17 +87,17 @@ def engine_arguments(model: str, flags: list[str]) -> Any:
 
 
 def facts(vllm_config: Any) -> dict[str, Any]:
-    """What runs, for a provenance; ``resolved`` is None for stock vLLM."""
+    """What runs, for a provenance; ``resolved`` is None for stock vLLM, ``hardware`` where it is this machine's CPU."""
     model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
-    stock = not isinstance(vllm_config.additional_config, dict) or (
-        settings.RESOLVED not in vllm_config.additional_config
-    )
+    stock = not isinstance(vllm_config.additional_config, dict) or (RESOLVED not in vllm_config.additional_config)
     resolved = None if stock else settings.of(vllm_config)
     return {
         "resolved": None if resolved is None else resolved.model_dump(mode="json"),
         # Known here, where PyTorch is loaded already.
         "shallow_dense_len": None if resolved is None or resolved.shallow is None else resolved.shallow.dense_len,
-        "hardware": hardware(parallel.world_size),
+        "hardware": None
+        if current_platform.is_cpu()
+        else f"{parallel.world_size} x {current_platform.get_device_name()}",
         "versions": versions(),
         "engine": {
             "dtype": str(model_config.dtype).removeprefix("torch."),
@@ -108,15 +107,6 @@ def facts(vllm_config: Any) -> dict[str, Any]:
             "enforce_eager": model_config.enforce_eager,
         },
     }
-
-
-def hardware(world_size: int) -> str:
-    """The devices that compute, in words."""
-    if not current_platform.is_cpu():
-        return f"{world_size} x {current_platform.get_device_name()}"
-    flags = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if re.search(rf"\b{flag}\b", cpuinfo())]
-    extensions = f" ({', '.join(flags)})" if flags else ""
-    return f"{cpu_name()}{extensions}, {len(os.sched_getaffinity(0))} cores usable"
 
 
 def versions() -> dict[str, str]:

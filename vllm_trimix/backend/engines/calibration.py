@@ -1,4 +1,4 @@
-"""The engine that ``vllm-trimix calibrate`` measures; a message names a prompt length, a seed and a variant."""
+"""The engine that ``vllm-trimix calibrate`` measures; a message is one request."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 from vllm import SamplingParams
 
 from vllm_trimix.backend import settings
-from vllm_trimix.backend.engine_job import CONTEXT, engine_arguments, serve
-from vllm_trimix.backend.registration import NAME, register_trimix
-from vllm_trimix.calibration import LONGEST, SHORTEST, VARIANTS
+from vllm_trimix.backend.engines.job import CONTEXT, engine_arguments, serve
+from vllm_trimix.backend.names import ENTRY, NAME, RESOLVED
+from vllm_trimix.backend.registration import register_trimix
 
 _LOG_INTERVAL = 0.5
 
 
 def answer(engine: Any, message: dict[str, Any]) -> dict[str, float]:
-    """The seconds of one request."""
+    """The seconds of one request: ``length`` in tokens, ``seed`` of its prompt, ``extra_args``."""
     prompt = random_prompt(message["length"], message["seed"], engine.model_config.get_vocab_size())
-    return {"seconds": seconds_to_first_token(engine, prompt, VARIANTS[message["variant"]])}
+    return {"seconds": seconds_to_first_token(engine, prompt, message["extra_args"])}
 
 
 def configure(
-    *, model: str, flags: list[str], trimix: dict[str, Any], max_length: int | None
+    *, model: str, flags: list[str], trimix: dict[str, Any], max_length: int | None, shortest: int, longest: int
 ) -> tuple[Any, dict[str, int]]:
     """Makes the engine's configuration from flags of ``vllm serve``.
 
@@ -31,7 +31,9 @@ def configure(
         model: As ``vllm serve`` takes it.
         flags: Engine flags.
         trimix: The user's ``trimix`` entry.
-        max_length: Longest prompt to measure, in tokens; None for what the model can take, up to ``LONGEST``.
+        max_length: Longest prompt to measure, in tokens; None for what the model can take, up to ``longest``.
+        shortest: Shortest prompt to measure.
+        longest: Limit where no ``max_length`` is given.
 
     Returns:
         The configuration, and the longest prompt to measure as ``longest``.
@@ -47,27 +49,27 @@ def configure(
         limit, served_limit = arguments.create_model_config().max_model_len, None
     else:
         limit = served_limit = arguments.max_model_len
-    longest = min(LONGEST, limit - 1) if max_length is None else max_length
+    longest = min(longest, limit - 1) if max_length is None else max_length
     if longest > limit - 1:
         raise ValueError(
             f"--max-length: {longest} prompt tokens and 1 generated exceed the {limit} tokens of {model}; "
             f"choose at most {limit - 1}"
         )
-    if longest < SHORTEST:
-        raise ValueError(f"{model}: its {limit} tokens are fewer than the {SHORTEST} of the shortest measured prompt")
+    if longest < shortest:
+        raise ValueError(f"{model}: its {limit} tokens are fewer than the {shortest} of the shortest measured prompt")
     arguments.max_model_len = served_limit or longest + 1
     arguments.attention_backend = NAME
     # A repeated prompt must be computed anew.
     arguments.enable_prefix_caching = False
     entry = {**trimix, "min_prompt_len": 0, "stats_log_interval": _LOG_INTERVAL}
-    arguments.additional_config = {settings.ENTRY: entry}
+    arguments.additional_config = {ENTRY: entry}
     vllm_config = arguments.create_engine_config(CONTEXT)
     resolved = settings.of(vllm_config)
     if resolved.shallow is not None:
         # Here and not in the entry: the pattern may come from a preset, which is read only when the model is known.
         shallow = resolved.shallow.model_copy(update={"min_seq_len": 0})
         resolved = resolved.model_copy(update={"shallow": shallow})
-        stored = {settings.RESOLVED: resolved.model_dump(mode="json")}
+        stored = {RESOLVED: resolved.model_dump(mode="json")}
         vllm_config.additional_config = {**vllm_config.additional_config, **stored}
         if longest <= shallow.dense_len:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The other end of ``backend/engine_job.py``: starts an engine, asks it, and leaves no process behind."""
+"""The other end of ``backend/engines/job.py``: starts an engine, asks it, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from vllm_trimix.measurement.hardware import usable_cpu
 
 _LAST_LINES = 12
 _GRACE_SECONDS = 10.0
@@ -41,7 +43,7 @@ class EngineProcess:
         """Starts the process.
 
         Args:
-            module: One that calls ``engine_job.serve``.
+            module: One that calls ``job.serve``.
             job: What its ``configure`` takes.
             left: Seconds that may still be waited for an answer.
             environment: Variables on top of this process's.
@@ -99,6 +101,8 @@ class EngineProcess:
         answer = self._receive()
         if "error" in answer:
             raise ValueError(answer["error"])
+        if answer["ready"].get("hardware") is None:
+            answer["ready"]["hardware"] = usable_cpu()
         return answer
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:

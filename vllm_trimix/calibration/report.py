@@ -6,11 +6,11 @@ import itertools
 import statistics
 from collections.abc import Sequence
 
-from vllm_trimix import calibration
-from vllm_trimix.calibration import Comparison, Row
-from vllm_trimix.config import Resolved
-from vllm_trimix.intervals import CONFIDENCE, interval_confidence
-from vllm_trimix.layers import format_layers
+from vllm_trimix.calibration import break_even
+from vllm_trimix.calibration.break_even import Comparison, Row
+from vllm_trimix.config.entry import Resolved
+from vllm_trimix.config.layers import format_layers
+from vllm_trimix.measurement.intervals import CONFIDENCE, interval_confidence
 
 # Of the columns before the verdict, in letters.
 _WIDTHS = (7, 14, 14, 8, 16, 9)
@@ -18,7 +18,7 @@ _WIDTHS = (7, 14, 14, 8, 16, 9)
 
 def announcement(comparison: Comparison, resolved: Resolved) -> str:
     """What is compared, in which layers."""
-    if comparison.candidate == calibration.TRIANGLE:
+    if comparison.candidate == break_even.TRIANGLE:
         return (
             f"layers {format_layers(resolved.layers)} of {resolved.num_layers} run the triangle (n_init "
             f"{resolved.n_init}, n_local {resolved.n_local}, last_n {resolved.last_n}), from {resolved.source}"
@@ -33,21 +33,21 @@ def announcement(comparison: Comparison, resolved: Resolved) -> str:
 
 def what(candidate: str, resolved: Resolved) -> str:
     """A variant in words."""
-    if candidate == calibration.TRIANGLE or resolved.shallow is None:
+    if candidate == break_even.TRIANGLE or resolved.shallow is None:
         return "the triangle"
     return resolved.shallow.label
 
 
 def than(comparison: Comparison) -> str:
     """What a candidate is compared with, in words."""
-    return "dense" if comparison.baseline == calibration.DENSE else "the triangle with dense shallow layers"
+    return "dense" if comparison.baseline == break_even.DENSE else "the triangle with dense shallow layers"
 
 
 def columns(comparison: Comparison, repeats: int) -> list[str]:
     """The table's columns, the verdict last."""
     level = f"{min(interval_confidence(repeats), CONFIDENCE):.0%} interval"
     seconds = [f"{name} (s)" for name in (comparison.baseline, comparison.candidate)]
-    density = ["density"] if comparison.candidate == calibration.DYNAMIC else []
+    density = ["density"] if comparison.candidate == break_even.DYNAMIC else []
     return ["tokens", *seconds, "ratio", level, *density, "verdict"]
 
 
@@ -56,7 +56,7 @@ def cells(row: Row) -> list[str]:
     low, high = row.interval
     seconds = [f"{statistics.median(values):.4f}" for values in (row.baseline, row.candidate)]
     density = []
-    if row.names[1] == calibration.DYNAMIC:
+    if row.names[1] == break_even.DYNAMIC:
         density = ["-" if row.density is None else f"{row.density:.3f}"]
     return [str(row.length), *seconds, f"{row.ratio:.3f}", f"{low:.3f}-{high:.3f}", *density, row.verdict]
 
@@ -87,7 +87,7 @@ def verdict(comparison: Comparison, resolved: Resolved, length: int) -> str:
 def cautions(rows: Sequence[Row]) -> list[str]:
     """What makes the result doubtful, in sentences."""
     found = []
-    noisy = [row for row in rows if row.spread > calibration.LARGE_SPREAD]
+    noisy = [row for row in rows if row.spread > break_even.LARGE_SPREAD]
     if noisy:
         worst = max(noisy, key=lambda row: row.spread)
         found.append(
@@ -116,7 +116,7 @@ def cautions(rows: Sequence[Row]) -> list[str]:
 
 def stays_dense(rows: Sequence[Row], resolved: Resolved) -> str:
     """Why the overlay turns the dynamic pattern off."""
-    name = what(calibration.DYNAMIC, resolved)
+    name = what(break_even.DYNAMIC, resolved)
     if not rows:
         return f"--budget was over before {name} was measured: the overlay leaves the shallow layers dense"
     return f"{name} has no break-even up to {rows[-1].length} tokens: the overlay leaves the shallow layers dense"

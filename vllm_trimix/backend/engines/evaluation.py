@@ -8,16 +8,15 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
-from vllm_trimix.backend import settings
-from vllm_trimix.backend.engine_job import CONTEXT, engine_arguments, one_line, serve
-from vllm_trimix.backend.registration import NAME, register_trimix
-from vllm_trimix.evaluation.sample import NUM_LOGPROBS, Measure
+from vllm_trimix.backend.engines.job import CONTEXT, engine_arguments, one_line, serve
+from vllm_trimix.backend.names import ENTRY, NAME
+from vllm_trimix.backend.registration import register_trimix
 
 _LOG_INTERVAL = 0.5
 
 
 def configure(
-    *, model: str, flags: list[str], trimix: dict[str, Any] | None, max_model_len: int
+    *, model: str, flags: list[str], trimix: dict[str, Any] | None, max_model_len: int, max_logprobs: int
 ) -> tuple[Any, dict[str, Any]]:
     """Makes the engine's configuration from flags of ``vllm serve``.
 
@@ -26,6 +25,7 @@ def configure(
         flags: Engine flags.
         trimix: The ``trimix`` entry; None for stock vLLM.
         max_model_len: Longest prompt and answer together, in tokens.
+        max_logprobs: Most likely tokens that a prompt may ask for.
 
     Raises:
         ValueError: Flags that vLLM doesn't know or that the command sets itself, or a bad entry.
@@ -40,19 +40,21 @@ def configure(
             f"engine flags (after --): --max-model-len {arguments.max_model_len} is less than the {max_model_len} "
             "tokens of --lengths; leave it out"
         )
-    arguments.max_logprobs = max(arguments.max_logprobs, NUM_LOGPROBS)
+    arguments.max_logprobs = max(arguments.max_logprobs, max_logprobs)
     # A repeated prompt must be computed anew, and another's cached rows would have followed another rule.
     arguments.enable_prefix_caching = False
     if trimix is not None:
         arguments.attention_backend = NAME
-        arguments.additional_config = {settings.ENTRY: {**trimix, "stats_log_interval": _LOG_INTERVAL}}
+        arguments.additional_config = {ENTRY: {**trimix, "stats_log_interval": _LOG_INTERVAL}}
     return arguments.create_engine_config(CONTEXT), {}
 
 
 def answer(engine: Any, message: dict[str, Any]) -> dict[str, Any]:
     """Runs the prompts of a message together; an answer each, in their order, under ``answers``.
 
-    A prompt that vLLM refuses is answered with the key ``error``.
+    A prompt has ``tokens`` and ``max_tokens``, and may have ``nll`` (true: its own tokens are scored) and ``logprobs``
+    (so many of the likeliest tokens at each place of the answer). One that vLLM refuses is answered with the key
+    ``error``.
     """
     answers: list[dict[str, Any]] = [{} for _ in message["prompts"]]
     waiting = {}
@@ -71,31 +73,30 @@ def answer(engine: Any, message: dict[str, Any]) -> dict[str, Any]:
             if "seconds" not in answers[number]:
                 answers[number]["seconds"] = time.perf_counter() - start
             if output.finished:
-                answers[number].update(_read(output, message["prompts"][number]["measure"]))
+                answers[number].update(_read(output, message["prompts"][number]))
     return {"answers": answers}
 
 
 def _params(prompt: dict[str, Any]) -> SamplingParams:
-    measure = prompt["measure"]
     return SamplingParams(
         temperature=0,
         max_tokens=prompt["max_tokens"],
-        logprobs=NUM_LOGPROBS if measure == Measure.AGREEMENT else None,
-        prompt_logprobs=0 if measure == Measure.PERPLEXITY else None,
+        logprobs=prompt.get("logprobs"),
+        prompt_logprobs=0 if prompt.get("nll") else None,
         flat_logprobs=True,
     )
 
 
-def _read(output: Any, measure: str) -> dict[str, Any]:
+def _read(output: Any, prompt: dict[str, Any]) -> dict[str, Any]:
     """What a finished request says."""
     (completion,) = output.outputs
     found: dict[str, Any] = {"text": completion.text, "finish": completion.finish_reason}
-    if measure == Measure.PERPLEXITY:
+    if prompt.get("nll"):
         # The first token has nothing before it.
         flat = output.prompt_logprobs
         scored = [flat.logprobs[flat.start_indices[place]] for place in range(1, len(output.prompt_token_ids))]
         found["nll"] = -sum(scored) / len(scored)
-    if measure == Measure.AGREEMENT:
+    if prompt.get("logprobs"):
         flat = completion.logprobs
         found["tokens"] = list(completion.token_ids)
         found["likeliest"] = [

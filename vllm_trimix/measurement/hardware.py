@@ -23,6 +23,13 @@ def cpu_name() -> str:
     return name[1] if name else platform.machine()
 
 
+def usable_cpu() -> str:
+    """The CPU, what it has for bf16, and the cores that this process may use."""
+    flags = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if re.search(rf"\b{flag}\b", cpuinfo())]
+    extensions = f" ({', '.join(flags)})" if flags else ""
+    return f"{cpu_name()}{extensions}, {len(os.sched_getaffinity(0))} cores usable"
+
+
 def multiplies_bf16() -> bool:
     """Whether the CPU multiplies bf16 well.
 

@@ -1,0 +1,32 @@
+"""Under which names vLLM, its configuration and its requests know this backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+NAME = "TRIMIX"
+CLASS_PATH = "vllm_trimix.backend.attention.TrimixBackend"
+
+ENTRY = "trimix"
+"""The user's entry in ``additional_config``."""
+RESOLVED = "trimix_resolved"
+"""What runs, beside it; written by ``settings``."""
+
+KEY = "trimix"
+"""A request's own argument, in ``vllm_xargs``."""
+ALLOWED = ("on", "triangle", "off")
+"""Its values."""
+DENSE_KEY = "trimix_dense"
+"""Stamped by admission, read by workers; users may not set it."""
+
+
+def uses_trimix(vllm_config: Any) -> bool:
+    """Whether any attention layer of this engine was asked to use TRIMIX."""
+    attention = vllm_config.attention_config
+    per_kind = getattr(attention, "backend_per_kind", None) or {}
+    return any(getattr(backend, "name", None) == NAME for backend in (attention.backend, *per_kind.values()))
+
+
+def reads_prompt_rows(params: Any) -> bool:
+    """Whether a request's answer depends on the outputs of prompt rows."""
+    return params.prompt_logprobs is not None or getattr(params, "prompt_logprob_token_ids", None) is not None

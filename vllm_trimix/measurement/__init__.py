@@ -1,0 +1,1 @@
+"""What the measuring commands share: an engine in a process of its own, prompts as text, intervals, hardware."""
