@@ -33,7 +33,7 @@ help:
 	@echo 'make test       lint and tests, with all their set-up; PYTEST_ARGS="-k name"'
 	@echo 'make test-full  what that samples or leaves out: all cases of all tiers, the slow tests; goes on where it stopped'
 	@echo 'make bench-check  a few ratios to stock vLLM, about 5 minutes; fails when one got worse than on this kind of CPU before'
-	@echo 'make lint       ruff and mypy;  make format applies what ruff can'
+	@echo 'make lint       ruff, mypy and the import borders;  make format applies what ruff can'
 	@echo 'make clean      remove what was built;  make distclean also .venv'
 
 install: $(INSTALLED)
@@ -70,7 +70,8 @@ build/env.sh: Makefile
 	   echo 'if [ $${#PWD} -le 50 ]; then export TMPDIR="$$PWD/build/tmp"; fi'; } > $@
 
 define run-lint
-$(BIN)/ruff check . || failed=1; $(BIN)/ruff format --check . || failed=1; $(BIN)/mypy || failed=1
+$(BIN)/ruff check . || failed=1; $(BIN)/ruff format --check . || failed=1; $(BIN)/mypy || failed=1; \
+$(BIN)/lint-imports --cache-dir build/cache/imports --no-logo || failed=1
 endef
 
 # The tests come last, so that their summary is the end of the output.
