@@ -15,6 +15,7 @@ from vllm_trimix.evaluation import ablations, cells, report
 from vllm_trimix.evaluation.answers import Answers
 from vllm_trimix.evaluation.askers import Lost
 from vllm_trimix.evaluation.configurations import Configuration, parse
+from vllm_trimix.evaluation.outcome import Evaluation
 from vllm_trimix.evaluation.prompts import Prompts
 from vllm_trimix.evaluation.run import Outcome, run
 from vllm_trimix.evaluation.sample import Measure, Sample
@@ -186,7 +187,7 @@ def test_gives_up_where_everything_fails(tmp_path: Path) -> None:
 
 def make_report(folder: Path, outcome: Outcome, answers: Answers, prompts: Prompts) -> dict[str, Any]:
     results = cells.results(answers, {"stock": None, "trimix": None})
-    evaluation = outcome.Evaluation(
+    evaluation = Evaluation(
         suite="mine",
         model="m",
         settings={"samples": 4, "seed": 1, "asked": "an oracle", "concurrency": 1},

@@ -44,9 +44,9 @@ def _inner_imports(tree: ast.AST) -> Iterator[ast.stmt]:
                 for field in ("body", "orelse", "finalbody"):
                     before = None
                     for statement in getattr(block, field, None) or []:
-                        if isinstance(statement, ast.Import | ast.ImportFrom):
-                            if not isinstance(before, ast.Import | ast.ImportFrom):
-                                yield statement
+                        first = not isinstance(before, ast.Import | ast.ImportFrom)
+                        if first and isinstance(statement, ast.Import | ast.ImportFrom):
+                            yield statement
                         before = statement
 
 

@@ -150,7 +150,8 @@ def _finish(
     outcome: Any,
 ) -> int:
     """Writes the results and says what they are."""
-    from vllm_trimix.evaluation import cells, outcome, report
+    from vllm_trimix.evaluation import cells, report
+    from vllm_trimix.evaluation.outcome import Evaluation
 
     facts = answers.facts
     mine = [a for a in answers if outcome.samples.get(a.sample) == a.digest]
@@ -162,7 +163,7 @@ def _finish(
     }
     results = cells.results(mine, resolved)
     stock = facts.get(configurations[0].name, {})
-    evaluation = outcome.Evaluation(
+    evaluation = Evaluation(
         suite=suite,
         model=args.model,
         settings=settings,
