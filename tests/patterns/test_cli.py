@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import subprocess
@@ -11,14 +12,17 @@ from pathlib import Path
 import pytest
 
 from vllm_trimix.cli.main import main
-from vllm_trimix.cli.patterns import KERNELS, density
+from vllm_trimix.cli.patterns import KERNELS, TRIANGLE_KERNELS, TRIANGLE_SOURCE, density
+from vllm_trimix.config.entry import TrimixConfig
 from vllm_trimix.config.head_files import write_head_file
+from vllm_trimix.config.resolve import resolve
+from vllm_trimix.patterns import triangle
 from vllm_trimix.patterns.a_shape import AShape
 from vllm_trimix.patterns.base import DynamicPattern
 from vllm_trimix.patterns.block_sparse import BlockSparse
 from vllm_trimix.patterns.dense import Dense
 from vllm_trimix.patterns.flexprefill import FlexPrefill
-from vllm_trimix.patterns.registry import PATTERNS
+from vllm_trimix.patterns.registry import PATTERNS, make_pattern
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.patterns.vertical_slash import VerticalSlash
 from vllm_trimix.patterns.xattention import XAttention
@@ -50,16 +54,44 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert text == default
     entries = {entry.splitlines()[0]: entry for entry in re.split(r"\n(?=\S)", text)}
-    assert list(entries) == list(PATTERNS)
+    assert list(entries) == ["triangle", *PATTERNS], "the product's main pattern comes first"
     for name, cls in PATTERNS.items():
         assert cls.source in entries[name]
         assert re.search(r"what +\S.{20,}", entries[name])
+        assert re.search(r"layers +shallow layers .* head file", entries[name])
         assert all(kernel in entries[name] for kernel in KERNELS.values())
     assert "parameters  gamma=0.95 tau=0.1 block_size=128\n" in entries["flexprefill"]
 
 
+def test_list_names_the_triangle(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("list") == 0
+    assert capsys.readouterr().out.splitlines()[:6] == [
+        "triangle",
+        "  what        TriangleMix's deep-layer pattern: sink keys, a local window, dense last rows",
+        "  layers      the triangle set (starting_layer, layers)",
+        "  source      TriangleMix (arXiv 2507.21526)",
+        "  parameters  n_init=8 n_local=512 last_n=128",
+        "  kernels     PyTorch (CPU), Triton (CUDA)",
+    ]
+
+
+def test_a_pattern_stands_where_the_list_says() -> None:
+    """The triangle is no dynamic pattern: neither ``shallow`` nor a head file may name it."""
+    assert {"starting_layer", "layers", "shallow"} <= set(TrimixConfig.model_fields)
+    with pytest.raises(ValueError, match="'triangle' is not a pattern"):
+        make_pattern({"pattern": "triangle"}, where="shallow")
+    for name in PATTERNS:
+        entry = {"starting_layer": 1, "shallow": {"pattern": name}}
+        shallow = resolve(entry, model="m", num_layers=2).shallow
+        assert shallow is not None
+        assert (shallow.layers, [pattern["pattern"] for pattern in shallow.patterns]) == ((0,), [name])
+
+
 def test_kernels_are_those_that_exist() -> None:
-    assert {path.stem for path in (ROOT / "vllm_trimix/kernels").glob("*_sparse.py")} == set(KERNELS)
+    modules = {path.stem: path.read_text() for path in (ROOT / "vllm_trimix/kernels").rglob("*.py")}
+    assert {name for name in modules if name.endswith("_sparse")} == set(KERNELS)
+    assert {name for name, text in modules.items() if "\ndef triangle_prefill(" in text} == set(TRIANGLE_KERNELS)
+    assert TRIANGLE_SOURCE in (inspect.getdoc(triangle) or "")
 
 
 def test_show_gives_a_line_a_layer(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

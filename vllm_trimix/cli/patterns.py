@@ -1,4 +1,4 @@
-"""``vllm-trimix patterns``: the dynamic patterns, and what a head file holds."""
+"""``vllm-trimix patterns``: the patterns with what they stand for, and what a head file holds."""
 
 from __future__ import annotations
 
@@ -10,12 +10,21 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_trimix.patterns.triangle import Triangle
+
 if TYPE_CHECKING:
     from vllm_trimix.config.head_files import HeadFile
     from vllm_trimix.patterns.base import DynamicPattern
 
 # Module under vllm_trimix/kernels -> what it runs on. They walk lists of blocks and columns, whatever chose those.
 KERNELS = {"torch_sparse": "PyTorch (CPU)", "cpp_sparse": "C++ (CPU)", "triton_sparse": "Triton (CUDA)"}
+# The same for the triangle, whose keys follow from positions alone.
+TRIANGLE_KERNELS = {"torch_cpu": "PyTorch (CPU)", "triton_triangle": "Triton (CUDA)"}
+TRIANGLE_SOURCE = "TriangleMix (arXiv 2507.21526)"
+
+# The configuration keys that put a pattern into a layer.
+TRIANGLE_LAYERS = "the triangle set (starting_layer, layers)"
+DYNAMIC_LAYERS = "shallow layers (shallow), all heads or single heads of a head file"
 
 _COLOURS = {
     "a_shape": "#56B4E9",
@@ -32,10 +41,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "patterns",
         help="list the dynamic patterns, or show what a head file holds",
-        description="Dynamic patterns choose keys for each head while a prompt is prefilled (docs/patterns.md).",
+        description="The triangle is for the layers of the triangle set. Dynamic patterns are for those outside it: they "
+        "choose keys for each head while a prompt is prefilled (docs/patterns.md).",
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
-    actions.add_parser("list", help="names, sources, parameters with defaults, kernels (the default)")
+    actions.add_parser("list", help="names, layers, sources, parameters with defaults, kernels (the default)")
     show = actions.add_parser(
         "show",
         help="what a head file gives each layer and head",
@@ -64,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--length: {args.length} is too small; the least is 1")
     if args.plot is not None:
         _need_matplotlib()
+    # Heavy: patterns need torch.
     from vllm_trimix.config.head_files import read_head_file
 
     file = read_head_file(args.file, where="patterns show")
@@ -82,15 +93,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list() -> None:
+    # Heavy: the dynamic patterns need torch.
     from vllm_trimix.patterns.registry import PATTERNS
 
+    _print_pattern("triangle", Triangle, TRIANGLE_LAYERS, TRIANGLE_SOURCE, TRIANGLE_KERNELS)
     for name, cls in PATTERNS.items():
-        parameters = " ".join(f"{key}={value}" for key, value in dataclasses.asdict(cls()).items())
-        print(name)
-        print(f"  what        {_summary(cls)}")
-        print(f"  source      {cls.source}")
-        print(f"  parameters  {parameters}")
-        print(f"  kernels     {', '.join(KERNELS.values())}")
+        _print_pattern(name, cls, DYNAMIC_LAYERS, cls.source, KERNELS)
+
+
+def _print_pattern(name: str, cls: type, layers: str, source: str, kernels: dict[str, str]) -> None:
+    parameters = " ".join(f"{key}={value}" for key, value in dataclasses.asdict(cls()).items())
+    print(name)
+    print(f"  what        {_summary(cls)}")
+    print(f"  layers      {layers}")
+    print(f"  source      {source}")
+    print(f"  parameters  {parameters}")
+    print(f"  kernels     {', '.join(kernels.values())}")
 
 
 def _summary(cls: type) -> str:
@@ -155,6 +173,7 @@ def _written(pattern: DynamicPattern) -> str:
 
 def _need_matplotlib() -> None:
     try:
+        # May be missing: the extra plot.
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
         raise ValueError("--plot: matplotlib is not installed; pip install 'vllm-trimix[plot]'") from None
@@ -165,6 +184,7 @@ def plot(file: HeadFile, path: Path) -> None:
 
     Each is marked with its budget in thousands of keys, or with the share of attention that it must hold.
     """
+    # Heavy, and may be missing: the extra plot; torch.
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
 
