@@ -99,7 +99,7 @@ class Bench:
         digest = hashlib.sha256(sys.version.encode())
         for folder in ("vllm_trimix", "tests"):
             for path in sorted((self.tree / folder).rglob("*")):
-                if path.is_file() and path.parent.name != "mutants":
+                if path.is_file() and self.tree / "tests" / "mutants" not in path.parents:
                     digest.update(f"{path.relative_to(self.tree)}\0".encode() + path.read_bytes())
         return digest.hexdigest()
 

@@ -10,6 +10,7 @@ import pytest
 from tests.mutants import generated, hand
 from tests.mutants.bench import ROOT, STORE, Bench, Mutant
 from tests.mutants.forks import CRASH, SCENARIO
+from tests.mutants.hand.patterns import PLAN
 from tests.mutants.report import DOCS, row
 from tests.tiers import Tier
 
@@ -98,7 +99,7 @@ def test_what_no_test_notices_survives(bench: Bench) -> None:
     """So that a kill means something; and neither the checkout nor the copy keeps a defect."""
     path = "vllm_trimix/plan.py"
     source = (ROOT / path).read_text()
-    assert bench.try_out(path, f"{source}# Nothing.\n", (hand.PLAN,)).killed_by == ""
+    assert bench.try_out(path, f"{source}# Nothing.\n", (PLAN,)).killed_by == ""
     assert [(root / path).read_text() for root in (ROOT, bench.tree)] == [source, source]
 
 
