@@ -41,7 +41,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "patterns",
         help="list the dynamic patterns, or show what a head file holds",
-        description="The triangle is for the layers of the triangle set. Dynamic patterns are for those outside it: they "
+        description="The triangle is for layers of the triangle set. Dynamic patterns are for layers outside it: they "
         "choose keys for each head while a prompt is prefilled (docs/patterns.md).",
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
