@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from benchmarks.breakdown.engine import ANSWER_TOKENS
 from benchmarks.breakdown.report import REFUSED_FIX, plot, report
-from benchmarks.configurations import configurations
 from benchmarks.environment import environment
 from benchmarks.models import add_model_arguments, check_lengths, prepare_model, read_config
+from benchmarks.serving.configurations import configurations
 from vllm_trimix.config.resolve import resolve
 
 ROOT = Path(__file__).parents[1]

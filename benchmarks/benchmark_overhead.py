@@ -28,9 +28,9 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from benchmarks.configurations import Configuration
 from benchmarks.environment import environment
-from benchmarks.servers import Server, serve
+from benchmarks.serving.configurations import Configuration
+from benchmarks.serving.servers import Server, serve
 from vllm_trimix.backend import requests, settings
 from vllm_trimix.cli.main import main as trimix_cli
 from vllm_trimix.plan import Request

@@ -25,7 +25,9 @@ from tqdm import tqdm
 
 from benchmarks.benchmark_breakdown import BreakdownError, run_breakdown
 from benchmarks.breakdown.report import table as breakdown_table
-from benchmarks.configurations import (
+from benchmarks.environment import environment
+from benchmarks.models import add_model_arguments, check_lengths, prepare_model, read_config
+from benchmarks.serving.configurations import (
     IDEAL,
     ROWS,
     STATS_SECONDS,
@@ -33,13 +35,11 @@ from benchmarks.configurations import (
     configurations,
     resolved_settings,
 )
-from benchmarks.environment import environment
-from benchmarks.gate import check
-from benchmarks.models import add_model_arguments, check_lengths, prepare_model, read_config
-from benchmarks.prompts import KINDS, KV_RETRIEVAL, PUBLISHED_LENGTHS, RANDOM, write_dataset
-from benchmarks.report import markdown, plot_ttft
-from benchmarks.rounds import KEY_COUNTERS, Rounds, summarise
-from benchmarks.servers import Server, ServerError, choose_port, serve
+from benchmarks.serving.gate import check
+from benchmarks.serving.prompts import KINDS, KV_RETRIEVAL, PUBLISHED_LENGTHS, RANDOM, write_dataset
+from benchmarks.serving.report import markdown, plot_ttft
+from benchmarks.serving.rounds import KEY_COUNTERS, Rounds, summarise
+from benchmarks.serving.servers import Server, ServerError, choose_port, serve
 from vllm_trimix.config.entry import Resolved
 from vllm_trimix.measurement.intervals import MIN_SAMPLES
 
@@ -248,7 +248,7 @@ def measure(
         scratch: Folder for prompts.
         dynamic: Configurations whose patterns choose keys: what they read is counted after each request.
     """
-    from benchmarks.client import Load, ask
+    from benchmarks.serving.client import Load, ask
 
     log = servers[0].log.with_name("client.log")
     log.write_text("")

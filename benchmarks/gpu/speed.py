@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.environment import environment
 from benchmarks.gpu.report import Report
-from benchmarks.rows import PUBLISHED_ROWS
+from benchmarks.serving.rows import PUBLISHED_ROWS
 from vllm_trimix.demo.bench_model import SHAPES, ModelShape, make_bench_model
 from vllm_trimix.demo.circuit_spec import CircuitSpec
 

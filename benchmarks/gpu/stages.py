@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.gpu.stage import Stage
-from benchmarks.prompts import PUBLISHED_LENGTHS
-from benchmarks.rows import PUBLISHED_ROWS
+from benchmarks.serving.prompts import PUBLISHED_LENGTHS
+from benchmarks.serving.rows import PUBLISHED_ROWS
 
 # Stages of a group measure into one folder: its servers' settings must be the same, rounds measured once count for
 # all, and the correctness gate runs once.

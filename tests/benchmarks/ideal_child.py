@@ -21,7 +21,7 @@ def main(model: str, length: str, chunk: str, max_tokens: str) -> None:
     from vllm import LLM, SamplingParams
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-    from benchmarks.configurations import configurations
+    from benchmarks.serving.configurations import configurations
     from vllm_trimix.kernels import torch_cpu
 
     *_, ideal = configurations('{"starting_layer": 4}', [], ideal=True)

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from benchmarks.prompts import KV_RETRIEVAL, kv_retrieval, tokenizer_of, write_dataset
+from benchmarks.serving.prompts import KV_RETRIEVAL, kv_retrieval, tokenizer_of, write_dataset
 from vllm_trimix.demo.bench_model import SHAPES, make_bench_model
 
 pytest.importorskip("transformers", reason="prompts are cut by a tokenizer; vLLM brings transformers")
@@ -84,7 +84,7 @@ def test_the_client_sends_them_as_they_are(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("vllm", reason="the client is vLLM's")
     from vllm.benchmarks.datasets.datasets import get_samples
 
-    from benchmarks.client import Load, _parser, bench_arguments
+    from benchmarks.serving.client import Load, _parser, bench_arguments
 
     file = tmp_path / "p.jsonl"
     texts = prompts(KV_RETRIEVAL, model, file, length=700, count=3, seed=1)

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.configurations import IDEAL, ROWS, STOCK, TRIMIX, configurations
-from benchmarks.gate import _counted, _gate_prompt, gate_spec
-from benchmarks.report import markdown, plot_ttft
-from benchmarks.rounds import Rounds, summarise
-from benchmarks.rows import PUBLISHED_ROWS
+from benchmarks.serving.configurations import IDEAL, ROWS, STOCK, TRIMIX, configurations
+from benchmarks.serving.gate import _counted, _gate_prompt, gate_spec
+from benchmarks.serving.report import markdown, plot_ttft
+from benchmarks.serving.rounds import Rounds, summarise
+from benchmarks.serving.rows import PUBLISHED_ROWS
 from vllm_trimix.config.entry import Resolved
 from vllm_trimix.config.resolve import resolve
 

@@ -176,7 +176,7 @@ def test_nothing_outlives_the_benchmark(tmp_path: Path, number: signal.Signals) 
 
 def test_the_leash_kills_a_stopped_server(tmp_path: Path) -> None:
     leash = subprocess.Popen(
-        [sys.executable, str(ROOT / "benchmarks/leash.py"), str(tmp_path / "log"), "sleep", "600"],
+        [sys.executable, str(ROOT / "benchmarks/serving/leash.py"), str(tmp_path / "log"), "sleep", "600"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )

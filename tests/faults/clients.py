@@ -21,7 +21,7 @@ from vllm.benchmarks.serve import add_cli_args, main_async
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 # Reads data sets without pandas, too.
-import benchmarks.client  # noqa: F401
+import benchmarks.serving.client  # noqa: F401
 from tests.faults.traffic import KINDS, WAVE, write_prompts
 
 AT_ONCE = 2

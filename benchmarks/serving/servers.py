@@ -19,9 +19,9 @@ from pathlib import Path
 import httpx
 import psutil
 
-from benchmarks.configurations import Configuration
+from benchmarks.serving.configurations import Configuration
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SERVED_NAME = "bench"
 _LAST_LINES = 25
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.configurations import IDEAL, STOCK
+from benchmarks.serving.configurations import IDEAL, STOCK
 from vllm_trimix.config.entry import Resolved
 from vllm_trimix.measurement.intervals import interval_confidence, median_interval
 

@@ -17,8 +17,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from benchmarks.configurations import STATS_SECONDS, Configuration
-from benchmarks.servers import SERVED_NAME, ServerError, serve
+from benchmarks.serving.configurations import STATS_SECONDS, Configuration
+from benchmarks.serving.servers import SERVED_NAME, ServerError, serve
 from vllm_trimix.config.entry import Resolved
 from vllm_trimix.demo.circuit import make_demo_model
 from vllm_trimix.demo.circuit_spec import CircuitSpec

@@ -1,6 +1,6 @@
 """Keeps a server from outliving its benchmark, however that ends, even if the server is stopped by SIGSTOP.
 
-    python -m benchmarks.leash LOG COMMAND...
+    python -m benchmarks.serving.leash LOG COMMAND...
 
 Prints the server's process id, which is also its process group's, and waits. When standard input closes, because the
 benchmark is gone, the whole group is killed. Exits with the server's status.

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.configurations import IDEAL, STOCK
-from benchmarks.prompts import DOCUMENT, KV_RETRIEVAL, RANDOM
+from benchmarks.serving.configurations import IDEAL, STOCK
+from benchmarks.serving.prompts import DOCUMENT, KV_RETRIEVAL, RANDOM
 
 _COLOURS = {STOCK: "#4d4d4d", IDEAL: "#b0b0b0"}
 _OTHERS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#000000")

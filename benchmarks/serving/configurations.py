@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.models import read_config
-from benchmarks.rows import PUBLISHED_ROWS
+from benchmarks.serving.rows import PUBLISHED_ROWS
 from vllm_trimix.config.entry import Resolved, parse_config
 from vllm_trimix.config.resolve import resolve
 
@@ -79,7 +79,7 @@ def configurations(
     if ideal:
         # Without dense last rows every prompt row of a triangle layer is left out.
         floor = {**entry, "last_n": 0, "min_prompt_len": 0}
-        extension = "--worker-extension-cls=benchmarks.ideal.LeaveOutTriangle"
+        extension = "--worker-extension-cls=benchmarks.serving.ideal.LeaveOutTriangle"
         found.append(Configuration(IDEAL, floor, (extension,), IDEAL_PROOF))
     return found
 

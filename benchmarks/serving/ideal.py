@@ -1,6 +1,6 @@
 """The floor of the time to first token: TRIMIX with its triangle layers' prefill attention left out.
 
-    vllm serve ... --worker-extension-cls benchmarks.ideal.LeaveOutTriangle
+    vllm serve ... --worker-extension-cls benchmarks.serving.ideal.LeaveOutTriangle
 
 Everything else is done: planning, cache writes, dense layers, decode. Served with ``last_n`` 0, every prompt row of a
 triangle layer is a triangle row, so that the dense last rows are left out as well. The answers are wrong on purpose.
@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from benchmarks.configurations import IDEAL_PROOF
+from benchmarks.serving.configurations import IDEAL_PROOF
 from vllm_trimix.backend import attention
 from vllm_trimix.backend.impl import TrimixImpl
 

@@ -17,7 +17,7 @@ from vllm.benchmarks.datasets.datasets import CustomDataset
 from vllm.benchmarks.serve import add_cli_args, main_async
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from benchmarks.servers import SERVED_NAME, Server, ServerError
+from benchmarks.serving.servers import SERVED_NAME, Server, ServerError
 
 
 @dataclass(frozen=True)
