@@ -8,16 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.plan.oracle import (
-    Step,
-    complaint,
-    dynamic_complaint,
-    dynamic_truth,
-    planned,
-    seeded_steps,
-    steps,
-    truth,
-)
+from tests.plan.drawn import seeded_steps, steps
+from tests.plan.oracle import complaint, dynamic_complaint, dynamic_truth, planned, truth
+from tests.plan.step import Step
 from tests.tiers import Tier
 from vllm_trimix.plan import Plan, Span
 
