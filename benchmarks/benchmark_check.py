@@ -208,6 +208,7 @@ def _served_ratios(forks: dict[str, Fork], served: Sequence[tuple[int, Sequence[
 def _engine(model: Path, entry: dict[str, Any] | None, longest: int) -> Callable[[int], float]:
     """In a fork: seconds to the first token after a prompt of so many tokens."""
     os.environ["VLLM_PLUGINS"] = "" if entry is None else "trimix"
+    # Reads at import which plugins may be loaded.
     from vllm import LLM, SamplingParams
 
     ours = {} if entry is None else {"attention_backend": "TRIMIX", "additional_config": {"trimix": entry}}
@@ -236,6 +237,7 @@ def _engine(model: Path, entry: dict[str, Any] | None, longest: int) -> Callable
 
 def _planner(model: Path) -> Callable[[None], float]:
     """In a fork: our builder's time for a step of decodes over that of the dense backend's own."""
+    # Heavy, and it loads the plugin: in this fork alone.
     from benchmarks.benchmark_overhead import planned_step
 
     planned = planned_step(model, num_requests=PLANNED_DECODES, num_prefill=0)

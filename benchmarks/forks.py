@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import signal
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -34,8 +35,6 @@ class Fork:
             try:
                 _answer(make, asked, answered)
             except BaseException:
-                import traceback
-
                 traceback.print_exc()
             finally:
                 # Not the parent's own clean-up.

@@ -38,6 +38,7 @@ def main() -> None:
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+    # Heavy: whoever is gone meanwhile must be noticed.
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -74,6 +75,7 @@ def install_ranges(engine: Any, *, stock: bool) -> None:
     for impl in impls:
         impl.forward = _dense_forward(impl.forward)
     if not stock:
+        # Stock is served without the package.
         from vllm_trimix.backend.builder import TrimixBuilder
         from vllm_trimix.backend.impl import TrimixImpl
         from vllm_trimix.backend.requests import Step
@@ -93,6 +95,7 @@ def install_ranges(engine: Any, *, stock: bool) -> None:
 
     @functools.wraps(execute_model)
     def step(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        # Heavy; loaded by now.
         from torch.profiler import record_function
 
         with record_function(STEP) if scheduler_output.total_num_scheduled_tokens else contextlib.nullcontext():
@@ -106,6 +109,7 @@ def _put_range(owner: type, name: str, category: str) -> None:
 
 
 def _ranged(function: Callable[..., Any], category: str) -> Callable[..., Any]:
+    # Heavy; loaded by now.
     import torch
 
     name = range_name(category)
@@ -155,6 +159,7 @@ def profile(engine: Any, length: int, job: dict[str, Any]) -> dict[str, Any]:
 
 def _ask(engine: Any, prompt: list[int]) -> tuple[float, float]:
     """Seconds to the first token of one prompt, and how many of them this thread computed."""
+    # Heavy; loaded by now.
     import torch
     from vllm import SamplingParams
 
@@ -170,6 +175,7 @@ def _ask(engine: Any, prompt: list[int]) -> tuple[float, float]:
 
 
 def _profiled(engine: Any, prompt: list[int]) -> dict[str, Any]:
+    # Heavy; loaded by now.
     import torch
     from torch.profiler import ProfilerActivity
 

@@ -84,9 +84,11 @@ def _percent(share: float) -> str:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Stacked bars, one panel per length with a time axis of its own, one bar per configuration."""
+    # Heavy, and only for the plot.
     import matplotlib as mpl
 
     mpl.use("Agg")
+    # After the choice of how to draw.
     from matplotlib import pyplot as plt
     from matplotlib.patches import Patch
 

@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from tests.kernels.triton_interpreter import use_interpreter
 
         use_interpreter()
+    # It imports Triton, which must know by now whether it interprets.
     from benchmarks.gpu.kernel_cases import all_cases, prepare_launch, ranked
 
     cases = all_cases()

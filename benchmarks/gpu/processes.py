@@ -97,6 +97,7 @@ def end_descendants(grace: float = _GRACE_SECONDS) -> None:
 
 
 def _alive() -> list[psutil.Process]:
+    # May be missing where the runner starts; a stage's interpreter has it.
     import psutil
 
     found = []

@@ -13,10 +13,15 @@ import json
 import os
 import random
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
+from pathlib import Path
 from typing import Any
+
+from benchmarks.breakdown.engine import install_ranges
+from benchmarks.breakdown.timeline import REQUEST, attribute
 
 _STEP_LIMIT = 10_000
 
@@ -40,6 +45,7 @@ def main(descriptor: str) -> None:
 
 
 def _engine(arguments: dict[str, Any]) -> Any:
+    # Heavy, and timed: the engine's start holds it.
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -114,6 +120,7 @@ def _requests(
     engine: Any, *, mode: str | None, length: int, prompts: int, tokens: int, seed: int
 ) -> list[tuple[str, dict[str, list[int]], Any]]:
     """What ``add_request`` takes, made before the clock runs."""
+    # Heavy; loaded by now.
     from vllm import SamplingParams
 
     generator = random.Random(seed)
@@ -135,6 +142,7 @@ def _requests(
 
 def counters() -> Counter[str]:
     """TRIMIX's counters of this process since its start; rows of dynamic layers begin with ``dynamic_``."""
+    # Heavy; loaded by now where TRIMIX serves.
     from vllm_trimix.backend import requests
 
     found: Counter[str] = Counter()
@@ -161,8 +169,6 @@ def profile(
     Returns:
         What was found, or ``failed`` and why: a profiler that refuses must not cost the engine.
     """
-    from benchmarks.breakdown.engine import install_ranges
-
     try:
         if not getattr(engine, "has_breakdown_ranges", False):
             engine.has_breakdown_ranges = True
@@ -182,10 +188,9 @@ def profile(
 
 
 def _profiled_step(engine: Any, most: int) -> dict[str, Any]:
+    # Heavy; loaded by now.
     import torch
     from torch.profiler import ProfilerActivity
-
-    from benchmarks.breakdown.timeline import REQUEST
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     started = time.perf_counter()
@@ -197,11 +202,6 @@ def _profiled_step(engine: Any, most: int) -> dict[str, Any]:
 
 
 def _attributed(profiler: Any, most: int) -> dict[str, Any]:
-    import tempfile
-    from pathlib import Path
-
-    from benchmarks.breakdown.timeline import attribute
-
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "trace.json"
         profiler.export_chrome_trace(str(path))
@@ -223,6 +223,7 @@ def _attributed(profiler: Any, most: int) -> dict[str, Any]:
 
 
 def _synchronize() -> None:
+    # Heavy; loaded by now.
     import torch
 
     if torch.cuda.is_available():

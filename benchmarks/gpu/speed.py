@@ -219,6 +219,7 @@ def _shared_folder(report: Report, kv: int) -> Path:
 def bench_model(directory: Path, shape: str, positions: int) -> Path:
     """Writes the shape, with as many positions as the stage asks for; a circuit model has its own."""
     if shape == "circuit":
+        # Heavy: it imports torch.
         from vllm_trimix.demo.circuit import make_demo_model
 
         make_demo_model(directory, _CIRCUIT_SPEC)

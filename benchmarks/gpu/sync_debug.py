@@ -45,6 +45,7 @@ class Watch:
         if not self._cuda:
             yield
             return
+        # Heavy; loaded by now.
         import torch
 
         with warnings.catch_warnings():
@@ -75,6 +76,7 @@ def sync_debug(report: Report) -> None:
     """A warm-up wave, then a watched one of the same shape: chunked prompts beside decodes."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # Heavy, and it reads the environment.
     from vllm import LLM, SamplingParams
 
     from vllm_trimix.backend import builder, impl

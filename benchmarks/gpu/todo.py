@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.programs import PROGRAMS
 from benchmarks.gpu.report import load, write_atomically
 from benchmarks.gpu.schedule import ROOT
 
@@ -97,8 +98,6 @@ def strike(text: str, results: Mapping[str, Mapping[str, Any]], known: Mapping[s
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Rewrites the list; 0, or 2 with one line on stderr when a file is no results file."""
-    from benchmarks.gpu.programs import PROGRAMS
-
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.todo", description="Strike what results settle.")
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json", help="of a bundle")
     args = parser.parse_args(argv)

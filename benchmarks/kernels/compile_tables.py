@@ -93,6 +93,7 @@ def _needs(report: dict[str, Any]) -> str:
 
 def parts() -> dict[str, str]:
     """The generated parts of the page."""
+    # Triton may be missing, or another version than a table's.
     from vllm_trimix.kernels.triton_compile import Report, Variant, markdown
 
     tables = {}
@@ -123,6 +124,7 @@ def _triton(version: str) -> Path | None:
     Raises:
         RuntimeError: It can't be fetched.
     """
+    # May be missing.
     import triton
 
     from tests.wheels import fetch

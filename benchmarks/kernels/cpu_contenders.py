@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.kernels.problem import Problem, plan_steps, split_cpu_cache
+from vllm_trimix.backend.cpu_pages import probe_layouts
 from vllm_trimix.kernels import torch_cpu
 from vllm_trimix.plan import Span
 
@@ -22,6 +23,7 @@ class _VllmStep:
         self._schedule: torch.Tensor | None = None
 
     def plan(self) -> None:
+        # vLLM is another build, or missing, where this does not run.
         from vllm import _custom_ops as ops
         from vllm import envs
 
@@ -41,6 +43,7 @@ class _VllmStep:
         )
 
     def run(self) -> None:
+        # Only the CPU build has these ops.
         from vllm import _custom_ops as ops
 
         assert self._schedule is not None
@@ -108,8 +111,6 @@ class TrimixCpu:
     """Triangle, as the backend runs a layer: the plan's triangle rows by our kernel, its dense rows by vLLM's."""
 
     def __init__(self, problem: Problem, *, sdpa_tiles: bool = False) -> None:
-        from vllm_trimix.backend.cpu_pages import probe_layouts
-
         self._problem = problem
         settings = problem.settings
         pages = problem.kv_cache.view(len(problem.kv_cache), settings.num_kv_heads, 2, -1)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.kernels.problem import Problem, Settings
 
@@ -26,8 +27,6 @@ class CudnnSdpa:
         """Nothing to plan."""
 
     def run(self) -> list[torch.Tensor]:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             out = F.scaled_dot_product_attention(
                 self._q,
@@ -44,6 +43,7 @@ class FlashAttnPackage:
     """Dense, by the flash-attn package, on contiguous keys and values; its causal mask ends at the last key."""
 
     def __init__(self, problem: Problem) -> None:
+        # May be missing.
         from flash_attn import flash_attn_func
 
         self._attend: Any = flash_attn_func
@@ -70,6 +70,7 @@ class Xformers:
     """Dense, by xFormers, on contiguous keys and values; heads as [1, tokens, num_kv_heads, group, head_size]."""
 
     def __init__(self, problem: Problem) -> None:
+        # May be missing.
         from xformers.ops import memory_efficient_attention_forward
         from xformers.ops.fmha.attn_bias import LowerTriangularFromBottomRightMask
 

@@ -45,6 +45,7 @@ def visible_blocks(pattern: Triangle, length: int, device: torch.device) -> tupl
 
 def make_block_mask(pattern: Triangle, length: int, device: torch.device) -> Any:
     """FlexAttention's ``BlockMask`` of the whole prompt; memory grows with the square of the number of blocks."""
+    # Heavy: it brings torch's compiler.
     from torch.nn.attention.flex_attention import BlockMask
 
     n_init, n_local, dense_from = pattern.n_init, pattern.n_local, length - pattern.last_n
@@ -72,6 +73,7 @@ class Flex:
     """The whole prompt in one call, on contiguous keys and values; compiled for each length."""
 
     def __init__(self, problem: Problem, *, pattern: Literal["dense", "triangle"]) -> None:
+        # Heavy: it brings torch's compiler.
         from torch.nn.attention.flex_attention import flex_attention
 
         # One compilation for each length and pattern, all of the same function.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_trimix.kernels.triton_configs import MAX_HEAD_SIZE
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.plan import Plan, Request, build_plan
 
@@ -55,6 +56,7 @@ class Settings:
 
 def default_chunk() -> int:
     """The ``max_num_batched_tokens`` that vLLM's server takes on this device when none is given."""
+    # Heavy, and only where no step is given.
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
 
@@ -68,6 +70,7 @@ def check(settings: Settings, lengths: list[int]) -> None:
         ValueError: Naming the option, the value and the limit.
     """
     on_cpu = settings.device.type == "cpu"
+    # Heavy: bad options are refused before.
     from vllm.platforms import current_platform
 
     if on_cpu != current_platform.is_cpu():
@@ -108,11 +111,10 @@ def check(settings: Settings, lengths: list[int]) -> None:
 
 def _head_sizes(on_cpu: bool) -> list[int]:
     if on_cpu:
+        # Only the CPU build can import it.
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
         return CPUAttentionBackend.get_supported_head_sizes()
-    from vllm_trimix.kernels.triton_configs import MAX_HEAD_SIZE
-
     return list(range(16, MAX_HEAD_SIZE + 1, 16))
 
 
@@ -182,6 +184,7 @@ def _fill_cpu_cache(
     settings: Settings, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, num_blocks: int
 ) -> tuple[torch.Tensor, str]:
     """Through vLLM's own cache op: its pages are packed for the instruction set."""
+    # Only the CPU build can import it.
     from vllm import _custom_ops as ops
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 

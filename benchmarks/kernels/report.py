@@ -111,9 +111,11 @@ def _at(row: dict[str, Any]) -> str:
 
 def figure(result: dict[str, Any], path: Path) -> None:
     """Time against length, and speed-up against the bound by pairs."""
+    # Heavy, and only for the figure.
     import matplotlib
 
     matplotlib.use("Agg")
+    # After the choice of how to draw.
     from matplotlib import pyplot as plt
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -211,6 +213,7 @@ def _tokens(value: float, _: int) -> str:
 
 def _label_values(axis: Any, text: Callable[[float], str]) -> None:
     """Labels the powers of ten and a few values between them, fewer on a long axis."""
+    # Heavy; loaded by now.
     from matplotlib.ticker import FuncFormatter
 
     low, high = axis.get_ylim()

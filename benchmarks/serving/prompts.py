@@ -48,6 +48,7 @@ def write_dataset(kind: str, model: Path, file: Path, *, length: int, count: int
 @functools.lru_cache(maxsize=1)
 def tokenizer_of(model: str) -> Any:
     """The model's tokenizer; it may say that a prompt is long."""
+    # Heavy; random prompts need none.
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model)

@@ -128,9 +128,11 @@ def _latency(row: dict[str, Any]) -> str:
 
 def plot_ttft(result: dict[str, Any], path: Path) -> None:
     """TTFT against prompt length, the ratio to stock, and densities, at the lowest concurrency that was measured."""
+    # Heavy, and only for the plot.
     import matplotlib
 
     matplotlib.use("Agg")
+    # After the choice of how to draw.
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 

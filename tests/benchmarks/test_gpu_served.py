@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.breakdown import engine as breakdown_engine
 from benchmarks.gpu import served, served_child, served_plan, served_results
 from benchmarks.gpu.box import Round, fill
 from benchmarks.gpu.report import Report, granted_file, load, save, waiting_file
@@ -251,7 +250,7 @@ def test_a_profiler_that_fails_costs_no_engine(monkeypatch: pytest.MonkeyPatch) 
         def has_unfinished_requests(self) -> bool:
             return False
 
-    monkeypatch.setattr(breakdown_engine, "install_ranges", refuse)
+    monkeypatch.setattr(served_child, "install_ranges", refuse)
     found = served_child.profile(Idle(), stock=False, mode="off", length=8, step=1)
     assert found == {"failed": "RuntimeError: CUPTI_ERROR_INSUFFICIENT_PRIVILEGES"}
 

@@ -28,6 +28,7 @@ def say(**found: Any) -> None:
 
 def versions() -> None:
     """The interpreter and what it imports torch and Triton as."""
+    # The target's: whether it can be imported is the question.
     import torch
     import triton
 
@@ -36,6 +37,7 @@ def versions() -> None:
 
 def tools() -> None:
     """Where Triton keeps NVIDIA's cuobjdump, and the C source of its driver, which it compiles at first use."""
+    # The target's: whether it can be imported is the question.
     import triton
 
     nvidia = Path(triton.__path__[0], "backends", "nvidia")
@@ -64,6 +66,7 @@ def imports() -> None:
 
 def extensions(site: str) -> None:
     """Loads each extension with all symbols resolved, then looks for the operators that a dense decoder calls."""
+    # The target's: whether it can be imported is the question.
     import torch
 
     # The platform module registers them as an engine would.
