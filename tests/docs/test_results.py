@@ -1,4 +1,4 @@
-"""Recorded measurements say what they were measured on and keep their samples; the README quotes them right."""
+"""Recorded measurements say what they were measured on and keep their samples; the pages quote them right."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
+from tests.docs.reading import ROOT, prose, rows, section
 from vllm_trimix.evaluation.statistics import paired_difference
 
-ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
-README = (ROOT / "README.md").read_text()
 
 
 def _name(path: Path) -> str:
@@ -65,16 +64,16 @@ def _check_scores(result: dict[str, Any], path: Path) -> None:
 
 
 def test_the_readme_table_is_the_recorded_one() -> None:
-    section = README.split("## Time to first token", 1)[1].split("\n## ", 1)[0]
-    [folder] = re.findall(r"`(benchmarks/results/[\w.-]+-ttft)/?`", section)
+    text = section("README.md", "## Time to first token")
+    [folder] = re.findall(r"`(benchmarks/results/[\w.-]+-ttft)/?`", text)
     result = json.loads((ROOT / folder / "result.json").read_text())
-    assert result["environment"]["date"] in section
-    rows = {(row["config"], row["length"]): row for row in result["rows"]}
-    table = re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \((.*?)\) \| (\S*) \| (\S*) \|$", section, re.M)
+    assert result["environment"]["date"] in text
+    measured = {(row["config"], row["length"]): row for row in result["rows"]}
+    table = re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \((.*?)\) \| (\S*) \| (\S*) \|$", text, re.M)
     assert [int(line[0]) for line in table] == sorted({row["length"] for row in result["rows"]})
     for length, stock, trimix, ratio, interval, captured, bound in table:
-        mine = rows["trimix", int(length)]
-        assert float(stock) == pytest.approx(rows["stock", int(length)]["ttft_median_s"], rel=5e-3)
+        mine = measured["trimix", int(length)]
+        assert float(stock) == pytest.approx(measured["stock", int(length)]["ttft_median_s"], rel=5e-3)
         assert float(trimix) == pytest.approx(mine["ttft_median_s"], rel=5e-3)
         assert float(ratio) == pytest.approx(mine["ratio_to_stock"], abs=5.1e-3)
         assert interval == "{:.2f}-{:.2f}".format(*mine["ratio_ci95"])
@@ -83,15 +82,15 @@ def test_the_readme_table_is_the_recorded_one() -> None:
 
 
 def test_the_readme_quotes_evaluations_right() -> None:
-    section = README.split("## Is it lossless?", 1)[1].split("\n## ", 1)[0]
-    [folder] = re.findall(r"`(benchmarks/results/[\w.-]+-eval)`", section)
-    rows = re.findall(
+    text = section("README.md", "## Is it lossless?")
+    [folder] = re.findall(r"`(benchmarks/results/[\w.-]+-eval)`", text)
+    table = re.findall(
         r"^\| (circuit|small trained).*? \| (`.*?`) \| [^|]+ \| (\d+) \| ([\d.]+) \| ([\d.]+) \| (.*?) \|$",
-        section,
+        text,
         re.M,
     )
-    assert len(rows) == 2
-    for model, suites, count, stock, trimix, interval in rows:
+    assert len(table) == 2
+    for model, suites, count, stock, trimix, interval in table:
         scores: dict[str, dict[str, float]] = {"stock": {}, "trimix": {}}
         for suite in re.findall(r"`(\w+)`", suites):
             for path in (ROOT / folder).glob(f"{model.split()[-1]}-{suite}*/answers.jsonl"):
@@ -107,10 +106,37 @@ def test_the_readme_quotes_evaluations_right() -> None:
         assert f"{100 * sum(mine) / len(mine):.1f}" == trimix
         found = paired_difference(mine, dense)
         assert interval == f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
-    nats, low, high = re.findall(
-        r"costs perplexity ([\d.]+) nats a token at 247 tokens \(([\d.]+) to ([\d.]+)\)", section
-    )[0]
+    _check_perplexity(text, folder)
+
+
+def test_the_measurements_quote_evaluations_right() -> None:
+    text = section("docs/measurements.md", "## What the mask costs")
+    [folder] = re.findall(r"`(benchmarks/results/[\w.-]+-eval)`", text)
+    _check_perplexity(text, folder)
+
+
+def _check_perplexity(text: str, folder: str) -> None:
+    sentence = r"costs perplexity ([\d.]+) nats a token at 247 tokens \(([\d.]+) to ([\d.]+)\)"
+    ((nats, low, high),) = re.findall(sentence, prose(text))
     result = json.loads((ROOT / folder / "trained-ppl" / "result.json").read_text())
     (cell,) = [c for c in result["cells"] if c["length"] == 247 and c["configuration"] == "trimix"]
     quoted = {"mean": -float(nats), "high": -float(low), "low": -float(high)}
     assert cell["difference"] == pytest.approx(quoted, abs=5.1e-3)
+
+
+def test_the_measurements_quote_dynamic_patterns_right() -> None:
+    """Ratio to stock and density by length: the triangle alone, then with each pattern."""
+    page = "docs/measurements.md"
+    text = section(page, "## Time to first token, with dynamic patterns too")
+    [folder] = re.findall(r"\(\.\./(benchmarks/results/[\w.-]+)/report\.md\)", text)
+    result = json.loads((ROOT / folder / "result.json").read_text())
+    assert result["environment"]["date"] in text
+    measured = {(row["config"], row["length"]): row for row in result["rows"]}
+    lines = rows(text)
+    assert [int(line[0]) for line in lines] == sorted({row["length"] for row in result["rows"]})
+    for length, *cells in lines:
+        for config, cell in zip(("trimix", "trimix+minference", "trimix-block_sparse"), cells, strict=True):
+            row = measured[config, int(length)]
+            figures = [float(figure) for figure in re.findall(r"[\d.]+", cell)]
+            expected = [row[key] for key in ("ratio_to_stock", "density") if row[key] is not None]
+            assert figures == pytest.approx(expected, abs=5.1e-3)
