@@ -113,6 +113,7 @@ def use_triangle(
 
 def install(model: Any, *, layers: Iterable[int], pattern: Triangle) -> TriangleAttention:
     """``use_triangle`` with everything decided."""
+    # Heavy.
     from transformers import AttentionInterface, AttentionMaskInterface
 
     num_layers = model.config.get_text_config().num_hidden_layers

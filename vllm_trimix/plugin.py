@@ -8,6 +8,7 @@ import logging
 def register() -> None:
     """Registers the backend. Idempotent; never raises, because an exception here kills every vLLM command."""
     try:
+        # vLLM's own import may fail.
         from vllm_trimix.backend.registration import register_trimix
 
         register_trimix()

@@ -45,6 +45,7 @@ _MARK = "_vllm_trimix_wrapped"
 def vllm_version() -> str:
     """The installed vLLM's version, e.g. ``0.32.0`` or ``0.32.0+cpu``; ``unknown`` when it has none."""
     try:
+        # Heavy, and it may be missing.
         import vllm
 
         if getattr(vllm, "__version__", "dev") != "dev":

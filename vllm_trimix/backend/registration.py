@@ -22,6 +22,7 @@ def register_trimix() -> None:
     On an untested vLLM the name stays known, and selecting it fails with one clear line.
     """
     _register_member()
+    # Detects the platform: only once vLLM asks for plugins.
     from vllm.platforms import current_platform
 
     platform = type(current_platform)

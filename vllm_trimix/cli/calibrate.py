@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import datetime
-import functools
-import json
 import re
-import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from vllm_trimix.calibration import break_even, report
-from vllm_trimix.calibration.break_even import Comparison, Row
+from vllm_trimix.calibration import asking, break_even, report
 from vllm_trimix.calibration.overlay import (
     SERVER_KEYS,
     SOURCE,
@@ -25,20 +20,17 @@ from vllm_trimix.calibration.overlay import (
     overlay_shallow,
     write_overlay,
 )
-from vllm_trimix.cli.arguments import whole
+from vllm_trimix.cli import arguments
+from vllm_trimix.cli.output import serve_command, teller
 from vllm_trimix.config.entry import Resolved, TrimixConfig, parse_config
 from vllm_trimix.measurement.engine_process import EngineDied, EngineProcess
 
 TAKES_ENGINE_FLAGS = True
 
+_say = teller("calibrate")
+
 _ENGINE = "vllm_trimix.backend.engines.calibration"
 _START_LINE = r"TRIMIX: (layers=.*)"
-_LOG_SECONDS = 10.0
-# What the log says once rows of a variant were computed.
-_RAN = {break_even.TRIANGLE: r"TRIMIX rows: triangle=[1-9]", break_even.DYNAMIC: r"dynamic_layer_rows=[1-9]"}
-_KEYS = re.compile(r"TRIMIX rows: .* keys_read=(\d+) keys_causal=(\d+) ")
-# Until what a row of the table ran is in the log.
-_SETTLE_SECONDS = 1.2
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -55,22 +47,20 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog="After -- come engine flags of vllm serve, the ones you serve with: "
         "vllm-trimix calibrate MODEL -- --dtype bfloat16 --tensor-parallel-size 2",
     )
-    parser.add_argument("model", metavar="MODEL", help="HF id or path, as vllm serve takes it")
-    parser.add_argument(
-        "--trimix", metavar="JSON", help="the trimix entry, where no preset fits, e.g. '{\"starting_layer\": 16}'"
-    )
+    arguments.add_model(parser, "HF id or path, as vllm serve takes it")
+    arguments.add_trimix(parser, "the trimix entry, where no preset fits, e.g. '{\"starting_layer\": 16}'")
     parser.add_argument(
         "--output", type=Path, metavar="FILE.json", help="the overlay (default: trimix-<model name>.json)"
     )
     parser.add_argument(
         "--max-length",
-        type=whole,
+        type=arguments.whole,
         metavar="TOKENS",
         help=f"longest prompt (default: {break_even.LONGEST}, or what the model can take)",
     )
     parser.add_argument(
         "--repeats",
-        type=whole,
+        type=arguments.whole,
         default=break_even.DEFAULT_REPEATS,
         help="pairs of requests per length (default: %(default)s, with which the interval survives a disturbed pair)",
     )
@@ -121,9 +111,9 @@ def run(args: argparse.Namespace) -> int:
             resolved = Resolved.model_validate(ready["ready"]["resolved"])
             if resolved.shallow is not None:
                 overlay_shallow(entry, resolved, output)
-            compared = comparisons(resolved, ready["ready"].get("shallow_dense_len"))
-            measured = measure_all(
-                engine, compared, resolved, longest=ready["longest"], repeats=args.repeats, left=left
+            compared = asking.comparisons(resolved, ready["ready"].get("shallow_dense_len"))
+            measured = asking.measure_all(
+                engine, compared, resolved, longest=ready["longest"], repeats=args.repeats, left=left, say=_say
             )
             ran = engine.wait_for_log(_START_LINE, 0)
     except EngineDied as died:
@@ -169,24 +159,8 @@ def run(args: argparse.Namespace) -> int:
         provenance=provenance,
     )
     write_overlay(overlay, output)
-    print(f"wrote {output}; serve with:\n\n{serve_command(args.model, args.flags, entry, output)}")
+    print(f"wrote {output}; serve with:\n\n{_serve_line(args.model, args.flags, entry, output)}")
     return 0
-
-
-def comparisons(resolved: Resolved, shallow_dense_len: int | None) -> list[Comparison]:
-    """What is measured, in order: the triangle over dense, then the shallow layers' pattern over the triangle alone.
-
-    Args:
-        resolved: What runs.
-        shallow_dense_len: Longest prompt of which the shallow pattern has no row, in tokens; None without a pattern.
-    """
-    found = []
-    if resolved.layers:
-        found.append(Comparison(break_even.DENSE, break_even.TRIANGLE, resolved.triangle.dense_len))
-    if shallow_dense_len is not None:
-        baseline = break_even.TRIANGLE if resolved.layers else break_even.DENSE
-        found.append(Comparison(baseline, break_even.DYNAMIC, shallow_dense_len))
-    return found
 
 
 def check(args: argparse.Namespace) -> tuple[TrimixConfig, Path]:
@@ -209,11 +183,7 @@ def check(args: argparse.Namespace) -> tuple[TrimixConfig, Path]:
     looks_like_path = args.model.startswith((".", "/", "~")) or args.model.count("/") > 1
     if looks_like_path and "://" not in args.model and not Path(args.model).exists():
         raise ValueError(f"MODEL: {args.model!r} does not exist")
-    try:
-        raw = {} if args.trimix is None else json.loads(args.trimix)
-    except ValueError as error:
-        raise ValueError(f"--trimix: {args.trimix!r} is not JSON: {error}") from None
-    entry = parse_config(raw)
+    entry = parse_config({} if args.trimix is None else arguments.read_json("--trimix", args.trimix))
     if entry.min_prompt_len is not None:
         raise ValueError(f"--trimix: min_prompt_len ({entry.min_prompt_len}) is what is measured; leave it out")
     if isinstance(entry.shallow, dict) and "min_seq_len" in entry.shallow:
@@ -226,97 +196,10 @@ def check(args: argparse.Namespace) -> tuple[TrimixConfig, Path]:
     return entry, output
 
 
-def measure_all(
-    engine: EngineProcess,
-    compared: Sequence[Comparison],
-    resolved: Resolved,
-    *,
-    longest: int,
-    repeats: int,
-    left: Callable[[], float],
-) -> dict[str, list[Row]]:
-    """The rows of each comparison, by its candidate; the time that is left is shared out evenly."""
-    measured = {}
-    for number, comparison in enumerate(compared, 1):
-        reserved = left() * (1 - 1 / (len(compared) - number + 1))
-        measured[comparison.candidate] = measure(
-            engine,
-            comparison,
-            resolved,
-            longest=longest,
-            repeats=repeats,
-            left=functools.partial(_before, left, reserved),
-        )
-    return measured
-
-
-def measure(
-    engine: EngineProcess,
-    comparison: Comparison,
-    resolved: Resolved,
-    *,
-    longest: int,
-    repeats: int,
-    left: Callable[[], float],
-) -> list[Row]:
-    """Measures all lengths and prints a line for each.
-
-    Raises:
-        ValueError: No row ran the pattern.
-        EngineDied: The engine ended.
-    """
-    _say(report.announcement(comparison, resolved))
-    print(report.header(comparison, repeats), flush=True)
-    is_dynamic = comparison.candidate == break_even.DYNAMIC
-    checked = False
-    keys_before = _keys(engine.log)
-    densities: dict[int, float | None] = {}
-
-    def on_row(row: Row) -> None:
-        nonlocal checked, keys_before
-        if is_dynamic:
-            # Written some time after the rows that it counts.
-            time.sleep(_SETTLE_SECONDS)
-            keys = _keys(engine.log)
-            read, causal = (now - before for now, before in zip(keys, keys_before, strict=True))
-            keys_before = keys
-            densities[row.length] = read / causal if causal else None
-            row = dataclasses.replace(row, density=densities[row.length])
-        print(report.format_row(row), flush=True)
-        if not row.is_control and not checked:
-            if engine.wait_for_log(_RAN[comparison.candidate], _LOG_SECONDS) is None:
-                raise ValueError(
-                    f"no row of a prompt of {row.length} tokens ran {report.what(comparison.candidate, resolved)}; see "
-                    "vllm-trimix doctor"
-                )
-            checked = True
-
-    def ask(length: int, seed: int, variant: str) -> float:
-        return float(
-            engine.ask({"length": length, "seed": seed, "extra_args": break_even.VARIANTS[variant]})["seconds"]
-        )
-
-    rows = break_even.measure(ask, comparison, longest=longest, repeats=repeats, left=left, on_row=on_row, say=_say)
-    return [dataclasses.replace(row, density=densities.get(row.length)) for row in rows]
-
-
-def _keys(log: str) -> tuple[int, int]:
-    """Keys that dynamic patterns read so far, and keys that they could have read."""
-    found = [(int(read), int(causal)) for read, causal in _KEYS.findall(log)]
-    return sum(read for read, _ in found), sum(causal for _, causal in found)
-
-
-def _before(left: Callable[[], float], reserved: float) -> float:
-    """Seconds left of the time before that which is kept for later."""
-    return left() - reserved
-
-
-def serve_command(model: str, flags: Sequence[str], entry: TrimixConfig, output: Path) -> str:
+def _serve_line(model: str, flags: Sequence[str], entry: TrimixConfig, output: Path) -> str:
     """The ``vllm serve`` command that uses the overlay, from any folder."""
     kept = {key: getattr(entry, key) for key in SERVER_KEYS if key in entry.model_fields_set}
-    backend = [] if "TRIMIX" in flags else ["--attention-backend", "TRIMIX"]
-    additional = json.dumps({"trimix": {"preset": str(output.resolve()), **kept}})
-    return shlex.join(["vllm", "serve", model, *backend, *flags, "--additional-config", additional])
+    return serve_command(model, {"preset": str(output.resolve()), **kept}, flags=flags)
 
 
 def model_name(model: str) -> str:
@@ -333,8 +216,3 @@ def _minutes(text: str) -> float:
     if not 0 < minutes < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above 0")
     return minutes
-
-
-def _say(text: str) -> None:
-    """Progress; the table alone is the output."""
-    print(f"calibrate: {text}", file=sys.stderr, flush=True)

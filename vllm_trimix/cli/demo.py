@@ -11,6 +11,8 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_trimix.demo.prompts import make_demo_prompt
+
 _MAX_ANSWER_TOKENS = 8
 _TIMEOUT_SECONDS = 600.0
 _MODES: dict[str, dict[str, str]] = {"TRIMIX": {}, "dense": {"trimix": "off"}}
@@ -55,8 +57,6 @@ def run(args: argparse.Namespace) -> int:
         ValueError: The document doesn't fit the model, or the server refused a request.
         OSError: No server, or it went away.
     """
-    from vllm_trimix.demo.prompts import make_demo_prompt
-
     model, limit = _served_model(args.host, args.port)
     if limit is not None and args.tokens + _MAX_ANSWER_TOKENS > limit:
         raise ValueError(

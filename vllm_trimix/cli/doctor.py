@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import os
 import pickle
 import platform
@@ -73,6 +74,7 @@ def _plugin() -> str:
 
 
 def _vllm() -> str:
+    # Each check imports what it checks, so that one that can't be imported fails alone.
     from vllm_trimix.backend import compat
 
     reason = compat.unsupported_reason()
@@ -86,6 +88,7 @@ def _vllm() -> str:
 
 
 def _registration() -> str:
+    # As above.
     from vllm_trimix.backend.selfcheck import registered_on
 
     return f"TRIMIX is known; platform {registered_on()}"
@@ -93,6 +96,7 @@ def _registration() -> str:
 
 def _spawn() -> str:
     """A process that has loaded no plugin can unpickle the backend's name."""
+    # As above.
     from vllm_trimix.backend.selfcheck import pickled_member
 
     code = "import pickle, sys; print(pickle.loads(sys.stdin.buffer.read()).name)"
@@ -104,6 +108,7 @@ def _spawn() -> str:
 
 
 def _kernel() -> str:
+    # As above.
     from vllm_trimix.backend.selfcheck import kernel_error
 
     name, error, plain = kernel_error()
@@ -114,6 +119,7 @@ def _kernel() -> str:
 
 def _cpu_kernel() -> str:
     """The compiled sparse kernel is an addition: without it the same runs on plain PyTorch."""
+    # As above.
     from vllm_trimix.kernels import cpp_sparse
 
     reason = cpp_sparse.unavailable_reason()
@@ -125,8 +131,7 @@ def _cpu_kernel() -> str:
 
 
 def _model(model: str, config: str | None) -> str:
-    import json
-
+    # As above.
     from vllm_trimix.backend.selfcheck import resolved_for
     from vllm_trimix.config.layers import format_layers
 

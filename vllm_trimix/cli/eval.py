@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import functools
 import sys
@@ -10,11 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_trimix.cli import hf_model
-from vllm_trimix.cli.arguments import whole
+from vllm_trimix.cli import arguments, hf_model
+from vllm_trimix.cli.output import teller
 from vllm_trimix.config.entry import Resolved
+from vllm_trimix.config.resolve import resolve
 
 TAKES_ENGINE_FLAGS = True
+
+_say = teller("eval")
 _SUITES = ("ruler", "niah", "retrieval", "ppl", "agreement")
 
 
@@ -31,10 +35,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add = parser.add_argument
     add("suite", metavar="SUITE", help=f"{', '.join(_SUITES)}; see docs/evaluation.md")
-    add("model", metavar="MODEL", help="HF id or path of a causal language model; its tokenizer makes the prompts")
+    arguments.add_model(parser, f"{arguments.CAUSAL_MODEL}; its tokenizer makes the prompts")
     add("--tasks", metavar="NAME,...", help="of the suite (default: all)")
     add("--lengths", metavar="TOKENS,...", help="prompt and answer together (default: the published ones that fit)")
-    add("--samples", type=whole, metavar="N", help="prompts of each task and length (default: the suite's)")
+    add("--samples", type=arguments.whole, metavar="N", help="prompts of each task and length (default: the suite's)")
     add("--depths", metavar="SHARE,...", help="where the needle lies, 0 to 1, for niah (default: 0,0.1,...,1)")
     add(
         "--configs",
@@ -43,7 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="stock, trimix, preset files (default: %(default)s)",
     )
     add("--config", action="append", default=[], metavar="NAME=JSON", help="a configuration by its trimix entry")
-    add("--trimix", default="{}", metavar="JSON", help="the trimix entry, where no preset fits; base of ablations")
+    arguments.add_trimix(parser, "the trimix entry, where no preset fits; base of ablations", default="{}")
     add(
         "--ablation",
         action="append",
@@ -57,10 +61,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--chat-template", action="store_true", help="ask as a user's turn (default: the published base template)")
     add("--prompts", type=Path, metavar="FILE", help="JSON lines of prompts, for agreement")
     add("--text", type=Path, metavar="FILE", help="a long text, for ppl")
-    add("--concurrency", type=whole, default=1, metavar="N", help="prompts at the same time; times count at 1 only")
+    add(
+        "--concurrency",
+        type=arguments.whole,
+        default=1,
+        metavar="N",
+        help="prompts at the same time; times count at 1 only",
+    )
     add("--seed", type=int, default=42, help="of the prompts (default: %(default)s)")
-    add("--output", type=Path, metavar="DIR", help="folder for the results (default: trimix-eval/SUITE)")
-    add("--trust-remote-code", action="store_true", help="run code that comes with the model's tokenizer")
+    arguments.add_output(parser, note=" (default: trimix-eval/SUITE)")
+    arguments.add_trust(parser, "model's tokenizer")
     parser.set_defaults(run=run, parser=parser)
 
 
@@ -71,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: Something the user got wrong.
         OSError: A file that can't be read or written.
     """
+    # Heavy: scipy and the suites' own packages.
     from vllm_trimix.evaluation.suites.registry import SUITES
 
     if args.suite not in SUITES:
@@ -86,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         if value is not None and suite.name != reader:
             raise ValueError(f"{flag}: {value}: only the suite {reader} reads it; leave it out for {suite.name}")
     source = hf_model.describe(args.model, trust_remote_code=args.trust_remote_code)
+    # Heavy: scipy and the suites' own packages.
     from vllm_trimix.evaluation import askers, languages
     from vllm_trimix.evaluation.answers import Answers
     from vllm_trimix.evaluation.prompts import Prompts
@@ -150,6 +162,7 @@ def _finish(
     outcome: Any,
 ) -> int:
     """Writes the results and says what they are."""
+    # Heavy: scipy and the suites' own packages.
     from vllm_trimix.evaluation import cells, report
     from vllm_trimix.evaluation.outcome import Evaluation
 
@@ -243,8 +256,7 @@ def _depths(asked: str | None) -> tuple[float, ...]:
 
 def _configurations(args: argparse.Namespace, source: hf_model.Description, needed: Any) -> list[Any]:
     """All configurations, each checked against the model before an engine is started."""
-    import dataclasses
-
+    # Heavy: scipy and the suites' own packages.
     from vllm_trimix.evaluation import ablations, askers, configurations
 
     base = configurations.read_entry("--trimix", args.trimix)
@@ -278,8 +290,6 @@ def _configurations(args: argparse.Namespace, source: hf_model.Description, need
 
 
 def _resolve(entry: dict[str, Any], model: str, source: hf_model.Description) -> Resolved:
-    from vllm_trimix.config.resolve import resolve
-
     text = source.config.get_text_config()
     return resolve(
         entry,
@@ -288,7 +298,3 @@ def _resolve(entry: dict[str, Any], model: str, source: hf_model.Description) ->
         model_entry=getattr(source.config, "trimix", None),
         num_heads=text.num_attention_heads,
     )
-
-
-def _say(text: str) -> None:
-    print(f"eval: {text}", file=sys.stderr, flush=True)

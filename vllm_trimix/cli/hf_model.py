@@ -7,6 +7,7 @@ import platform
 import shlex
 from typing import Any, NamedTuple
 
+from vllm_trimix.cli.arguments import add_trust
 from vllm_trimix.measurement.hardware import cpu_name
 
 
@@ -16,7 +17,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto: CUDA where there is one")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: the checkpoint's")
     add("--seed", type=int, default=0)
-    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add_trust(parser)
 
 
 class Source(NamedTuple):
@@ -41,6 +42,7 @@ class Source(NamedTuple):
 
     def model(self) -> Any:
         """Loads it, in evaluation mode."""
+        # Heavy.
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_pretrained(self.name, dtype=self.dtype, **self.load).to(self.device).eval()
@@ -70,6 +72,7 @@ def describe(model: str, *, trust_remote_code: bool) -> Description:
     Raises:
         OSError: No such model.
     """
+    # Heavy.
     from transformers import AutoConfig, AutoTokenizer
 
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
@@ -84,6 +87,7 @@ def find(args: argparse.Namespace) -> Source:
         ValueError: No such device.
         OSError: No such model.
     """
+    # Heavy.
     import torch
 
     device = torch.device(_device(args.device))
@@ -94,6 +98,7 @@ def find(args: argparse.Namespace) -> Source:
 
 
 def _device(name: str) -> str:
+    # Heavy.
     import torch
 
     if name == "auto":
@@ -109,6 +114,7 @@ def _device(name: str) -> str:
 
 def environment(device: Any) -> dict[str, str]:
     """Device and versions, for a report."""
+    # Heavy.
     import torch
     import transformers
 
@@ -162,6 +168,7 @@ class Bars:
 
     def update(self, name: str, done: int, total: int) -> None:
         """The phase, and how much of it is done."""
+        # Of the extras.
         from tqdm import tqdm
 
         if name != self._name:

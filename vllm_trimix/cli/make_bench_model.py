@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 
+from vllm_trimix.cli.arguments import add_directory
 from vllm_trimix.demo.bench_model import SHAPES, make_bench_model
 
 _DEFAULT_SHAPE = "bench-8l"
@@ -28,7 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Writes config.json and the demo tokenizer, no weights: serve it with --load-format dummy. "
         "Sizes that are given replace those of the shape.",
     )
-    parser.add_argument("directory", type=Path, metavar="DIR", help="new directory, or an earlier bench model")
+    add_directory(parser, "bench")
     parser.add_argument(
         "--shape", choices=sorted(SHAPES), default=_DEFAULT_SHAPE, help="a named shape (default: %(default)s)"
     )

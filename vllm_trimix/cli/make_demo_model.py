@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from vllm_trimix.cli.arguments import add_directory
 from vllm_trimix.demo.circuit_spec import DTYPES, CircuitSpec
 
 
@@ -18,7 +18,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "make-demo-prompt at any length; only its lookup layer needs full attention in the middle of the prompt.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("directory", type=Path, metavar="DIR", help="new directory, or an earlier demo model")
+    add_directory(parser, "demo")
     parser.add_argument("--layers", type=int, default=default.layers, help="decoder layers")
     parser.add_argument("--lookup-layer", type=int, default=default.lookup_layer, help="layer that reads the record")
     parser.add_argument("--answer-layer", type=int, default=default.answer_layer, help="layer that reads the answer")
@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         distractor_heads=args.distractor_heads,
         dtype=args.dtype,
     )
+    # Heavy: PyTorch.
     from vllm_trimix.demo.circuit import make_demo_model
 
     make_demo_model(args.directory, spec)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 
+from vllm_trimix.cli.arguments import add_directory
 from vllm_trimix.demo.trained_spec import SIZES
 
 
@@ -19,7 +19,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "two to five minutes on a CPU core; the large one is an estimate for a GPU and has never been trained. "
         "Nothing is written before the training is done.",
     )
-    parser.add_argument("directory", type=Path, metavar="DIR", help="new directory, or an earlier trained model")
+    add_directory(parser, "trained")
     parser.add_argument("--size", choices=sorted(SIZES), default="small", help="of the model (default: %(default)s)")
     records = ", ".join(f"{name} {spec.records}" for name, spec in SIZES.items())
     parser.add_argument("--records", type=int, metavar="N", help=f"of the longest documents (default: {records})")
@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """
     given = {name: getattr(args, name) for name in ("records", "steps_limit") if getattr(args, name) is not None}
     spec = dataclasses.replace(SIZES[args.size], **given)
+    # Heavy.
     import torch
     from tqdm import tqdm
 

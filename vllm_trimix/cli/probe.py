@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_trimix.cli import hf_model
+from vllm_trimix.cli import arguments, hf_model
+from vllm_trimix.cli.output import serve_command
+from vllm_trimix.config.layers import format_layers
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.probing import SCORES
 
@@ -26,8 +27,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="HF id or path of a causal language model")
-    add("--output", type=Path, default=Path("trimix-probe"), metavar="DIR", help="folder for the results")
+    arguments.add_model(parser)
+    arguments.add_output(parser, "trimix-probe")
     add("--prompts", type=Path, metavar="FILE", help='JSON lines {"prompt": ..., "answer": ...} instead of generated')
     add("--length", type=int, default=8192, metavar="N", help="longest generated prompt, in tokens")
     add("--samples", type=int, default=16, metavar="K", help="generated prompts; half of them are held out")
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         OSError: A file that can't be read or written.
     """
     pattern = _pattern(args)
+    # Heavy: PyTorch.
     from vllm_trimix.probing import memory, probe, prompts, report
     from vllm_trimix.probing.saved import Saved
 
@@ -104,8 +106,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _say(outcome: Any, preset: Path, folder: Path) -> int:
-    from vllm_trimix.config.layers import format_layers
-
     print(f"triangle layers: {format_layers(outcome.chosen)} ({len(outcome.chosen)} of {len(outcome.importance)})")
     print(f"report: {folder / 'report.md'}")
     if outcome.correct["importance"][0] < 0.5:
@@ -114,11 +114,8 @@ def _say(outcome: Any, preset: Path, folder: Path) -> int:
     if not outcome.chosen:
         print("No layer can be a triangle layer without a loss on these prompts.")
         return 1
-    entry = json.dumps({"trimix": {"preset": str(preset)}})
-    print(
-        f"serve: vllm serve {shlex.quote(outcome.settings.model)} --attention-backend TRIMIX "
-        f"--additional-config {shlex.quote(entry)}"
-    )
+    entry = {"preset": str(preset)}
+    print(f"serve: {serve_command(outcome.settings.model, entry)}")
     return 0
 
 

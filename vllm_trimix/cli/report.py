@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: Something the user got wrong.
         OSError: A file that can't be read or written.
     """
+    # Needs the extra `report`.
     from vllm_trimix.reporting import page, sources
 
     page.check_output(args.output)

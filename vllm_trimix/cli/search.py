@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import shlex
 import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from vllm_trimix.cli import hf_model
+from vllm_trimix.cli import arguments, hf_model
+from vllm_trimix.cli.output import serve_command
 from vllm_trimix.config.layers import format_layers, parse_layers
+from vllm_trimix.config.presets import find_preset
+from vllm_trimix.config.resolve import resolve
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.searching import ADAPTIVE, HEAD_BUDGET, SCORES, TOLERANCE
 
@@ -28,8 +30,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="HF id or path of a causal language model")
-    add("--output", type=Path, default=Path("trimix-search"), metavar="DIR", help="folder for the results")
+    arguments.add_model(parser)
+    arguments.add_output(parser, "trimix-search")
     add(
         "--prompts",
         type=Path,
@@ -75,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         OSError: A file that can't be read or written.
     """
     lengths, also = _check(args)
+    # Heavy: PyTorch.
     from vllm_trimix.patterns.registry import describe
     from vllm_trimix.probing import memory, prompts
     from vllm_trimix.searching import candidates, measure, report, search
@@ -130,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _say(outcome: Any, heads: Path, folder: Path, triangle: tuple[int, ...] | None) -> int:
+    # Heavy: PyTorch.
     from vllm_trimix.searching import report
 
     searched = tuple(outcome.layers)
@@ -146,11 +150,8 @@ def _say(outcome: Any, heads: Path, folder: Path, triangle: tuple[int, ...] | No
     if sum(item.correct for item in outcome.sparse) < sum(item.correct for item in outcome.dense):
         print("The choice spoils answers that dense attention gives: raise the budget before you serve it.")
         return 1
-    entry = json.dumps({"trimix": serve_entry(outcome, heads, triangle)})
-    print(
-        f"serve: vllm serve {shlex.quote(outcome.settings.model)} --attention-backend TRIMIX "
-        f"--additional-config {shlex.quote(entry)}"
-    )
+    entry = serve_entry(outcome, heads, triangle)
+    print(f"serve: {serve_command(outcome.settings.model, entry)}")
     return 0
 
 
@@ -209,6 +210,7 @@ def _check(args: argparse.Namespace) -> tuple[list[int], tuple[str, ...]]:
 
 def _prompts(args: argparse.Namespace, source: hf_model.Source, lengths: list[int]) -> Any:
     """Prompts, with the model's limit checked."""
+    # Heavy: PyTorch.
     from vllm_trimix.probing import prompts
 
     tokenizer, limit = source.tokenizer, source.max_length
@@ -242,9 +244,6 @@ def _prompts(args: argparse.Namespace, source: hf_model.Source, lengths: list[in
 
 def _triangle_layers(source: hf_model.Source, num_layers: int) -> tuple[int, ...] | None:
     """Triangle layers of the preset that serving would take; None: there is none."""
-    from vllm_trimix.config.presets import find_preset
-    from vllm_trimix.config.resolve import resolve
-
     entry = getattr(source.config, "trimix", None)
     if entry is None and find_preset(source.name) is None:
         return None
@@ -267,6 +266,7 @@ def _layers(spec: str | None, triangle: Collection[int] | None, num_layers: int)
 
 def _without_windows(model: Any, layers: tuple[int, ...], sample: Any, *, named: bool) -> tuple[int, ...]:
     """Layers with a sliding window of their own stay as they are, as in vLLM."""
+    # Heavy: PyTorch.
     from vllm_trimix.probing.choice import TriangleModel
     from vllm_trimix.probing.gradient import Sample
 

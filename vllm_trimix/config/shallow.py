@@ -77,6 +77,7 @@ class Shallow(BaseModel):
 
     @cached_property
     def _made(self) -> list[DynamicPattern]:
+        # Heavy: PyTorch.
         from vllm_trimix.patterns.registry import make_pattern
 
         return [make_pattern(entry, where="trimix.shallow") for entry in self.patterns]
@@ -185,6 +186,7 @@ def _patterns(
     where: str,
 ) -> tuple[tuple[dict[str, Any], ...], tuple[tuple[int, ...], ...], str]:
     """``Shallow``'s patterns, heads and source."""
+    # Heavy: PyTorch.
     from vllm_trimix.patterns.registry import PATTERNS, describe, make_pattern
 
     if (config.pattern is None) == (config.heads is None):
@@ -200,6 +202,7 @@ def _patterns(
         raise ValueError(f"{where}: {quoted(list(own))} can't stand beside heads: the file has each head's parameters")
     if num_heads is None:
         raise ValueError(f"{where}.heads: head files need the model's number of heads, which is not known here")
+    # Heavy: PyTorch.
     from vllm_trimix.config.head_files import check_head_file, read_head_file
 
     file = read_head_file(config.heads, where=f"{where}.heads")

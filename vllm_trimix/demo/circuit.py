@@ -61,6 +61,7 @@ def make_demo_model(directory: Path, spec: CircuitSpec) -> None:
     Raises:
         ValueError: The directory holds something else.
     """
+    # Heavy, and vLLM or transformers brings it.
     from safetensors.torch import save_file
 
     write_checkpoint(directory, _config(spec), generator="make-demo-model")

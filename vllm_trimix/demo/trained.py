@@ -124,6 +124,7 @@ def make_trained_model(
 
 
 def _write(directory: Path, spec: TrainedSpec, model: Any, provenance: dict[str, Any]) -> None:
+    # Heavy, and vLLM or transformers brings it.
     from safetensors.torch import save_file
 
     words = trained_vocabulary(spec.keys)
@@ -209,6 +210,7 @@ def train(
 
 
 def _new_model(spec: TrainedSpec, seed: int) -> Any:
+    # Heavy, and vLLM or transformers brings it.
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.random.fork_rng(devices=[]):

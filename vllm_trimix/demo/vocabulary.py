@@ -124,6 +124,7 @@ def vocabulary() -> tuple[str, ...]:
 
 def build_tokenizer(words: Sequence[str]) -> Tokenizer:
     """A word-level tokenizer of these tokens that puts BOS at position 0, where the circuit needs it."""
+    # Heavy, and vLLM or transformers brings it.
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     ids = {word: index for index, word in enumerate(words)}

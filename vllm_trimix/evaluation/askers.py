@@ -10,6 +10,7 @@ import uuid
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import entry_points
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -108,8 +109,6 @@ class EngineAsker:
 
 def _other_plugins() -> str:
     """vLLM's plugins without this one."""
-    from importlib.metadata import entry_points
-
     allowed = os.environ.get("VLLM_PLUGINS")
     names = [point.name for point in entry_points(group="vllm.general_plugins")]
     return ",".join(name for name in names if name != "trimix" and (allowed is None or name in allowed.split(",")))
@@ -136,6 +135,7 @@ def connect(url: str, model: str | None) -> tuple[Any, str]:
     Raises:
         ValueError: Nobody answers, no such model, or a server without TRIMIX.
     """
+    # Of the extra `eval`.
     import openai
 
     base = url.rstrip("/").removesuffix("/v1")
@@ -154,6 +154,7 @@ def connect(url: str, model: str | None) -> tuple[Any, str]:
 
 def _check_plugin(client: Any, url: str, model: str) -> None:
     """A stock server takes no notice of the opt-out: both configurations would be one, and look lossless."""
+    # Of the extra `eval`.
     import openai
 
     wrong = {"vllm_xargs": {"trimix": "vllm-trimix-eval"}}
@@ -170,6 +171,7 @@ def _check_plugin(client: Any, url: str, model: str) -> None:
 
 def _surroundings(url: str) -> dict[str, Any]:
     """Hardware and versions, as far as a server's address and answers tell."""
+    # Of the extra `eval`.
     import httpx
 
     parts = httpx.URL(url)
@@ -211,6 +213,7 @@ class ServerAsker:
             return list(pool.map(self._ask, samples))
 
     def _ask(self, sample: Sample) -> dict[str, Any]:
+        # Of the extra `eval`.
         import openai
 
         # A namespace of its own: no answer may come from rows that another rule computed.

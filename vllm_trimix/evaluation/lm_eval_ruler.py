@@ -214,6 +214,7 @@ def _module(kind: str) -> Any:
     """One of lm-eval's, imported when it is needed: that takes seconds, and tries to fetch data."""
     # nltk and some of what lm-eval imports draw or seed.
     with _kept():
+        # Of the extra `eval`.
         import nltk
 
         download = nltk.download
@@ -231,6 +232,7 @@ def _module(kind: str) -> Any:
 @contextmanager
 def _seeded(seed: str) -> Iterator[None]:
     """Seeds every generator that lm-eval draws from, and leaves them as they were."""
+    # Of the extra `eval`.
     import numpy
 
     own = _module("cwe").RNG
@@ -248,6 +250,7 @@ def _seeded(seed: str) -> Iterator[None]:
 @contextmanager
 def _kept() -> Iterator[None]:
     """Leaves the process's generators as they were."""
+    # Of the extra `eval`.
     import numpy
 
     states = random.getstate(), numpy.random.get_state()

@@ -34,6 +34,7 @@ def draw(folder: Path, results: Sequence[Result], configurations: Sequence[Confi
 
 
 def _figure(width: float, height: float, columns: int, rows: int = 1) -> tuple[Any, Any]:
+    # Of the extra `plot`.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")

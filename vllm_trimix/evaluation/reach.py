@@ -75,10 +75,12 @@ def once(load: Callable[..., Any]) -> Callable[..., Any]:
 def dataset(name: str, split: str, column: str) -> list[str]:
     """A column of a data set of the Hugging Face hub, or of its copy on this machine."""
     if not offline():
+        # Of the extra `eval`.
         from huggingface_hub import constants
 
         if not reachable(constants.ENDPOINT):
             raise Unavailable(f"{name}: {constants.ENDPOINT} can't be reached")
+    # Of the extra `eval`.
     import datasets
 
     rows: list[str] = datasets.load_dataset(name, split=split)[column][:]

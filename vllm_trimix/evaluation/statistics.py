@@ -64,6 +64,7 @@ def mean_difference(values: Sequence[float], baseline: Sequence[float]) -> Diffe
     Raises:
         ValueError: Not as many of one as of the other, or none.
     """
+    # Heavy, and of the extras.
     from scipy import stats
 
     differences = [value - other for value, other in zip(values, baseline, strict=True)]

@@ -93,6 +93,7 @@ def orders(importance: Sequence[float], *, excluded: Iterable[int], num_random: 
 
 def upper_bound(drops: Sequence[float]) -> float:
     """Upper end of the one-sided 95% interval of the mean, by Student's t; infinite for a single value."""
+    # Heavy, and of the extras.
     from scipy import stats
 
     if len(drops) < 2:

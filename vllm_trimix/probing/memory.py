@@ -42,6 +42,7 @@ def forward_bytes(config: Any, *, length: int, dtype: torch.dtype) -> int:
 
 def weight_bytes(config: Any, dtype: torch.dtype) -> int:
     """Of a model of transformers."""
+    # Heavy.
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -52,6 +53,7 @@ def available_bytes(device: torch.device) -> int:
     """Memory that is free now."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    # Of the extra `probe`.
     import psutil
 
     return int(psutil.virtual_memory().available)

@@ -135,6 +135,7 @@ def _quality_table(outcome: Outcome) -> list[str]:
 
 def plot_importance(outcome: Outcome, path: Path) -> None:
     """Importance by layer and section; chosen layers shaded."""
+    # Of the extra `plot`.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(6.0, 0.28 * len(outcome.importance)), 3.6), layout="constrained")
@@ -164,6 +165,7 @@ def plot_importance(outcome: Outcome, path: Path) -> None:
 
 def plot_quality(outcome: Outcome, path: Path) -> None:
     """Mean drop against k, one line an order."""
+    # Of the extra `plot`.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")

@@ -10,6 +10,7 @@ from vllm_trimix.searching.search import Outcome
 
 def plot_patterns(outcome: Outcome, path: Path) -> None:
     """The chosen candidate of every head, a row a layer."""
+    # Of the extra `plot`.
     import matplotlib
     from matplotlib.colors import BoundaryNorm, ListedColormap
     from matplotlib.figure import Figure
@@ -35,6 +36,7 @@ def plot_patterns(outcome: Outcome, path: Path) -> None:
 
 def plot_costs(outcome: Outcome, path: Path) -> None:
     """Loss against keys read: every head under every candidate, the chosen ones circled."""
+    # Of the extra `plot`.
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -21,6 +21,7 @@ def _drawn(kind: str) -> Write:
     """The probe's prompts of a kind."""
 
     def write(seed: str, size: int, depth: float | None) -> Asked:
+        # Heavy: PyTorch.
         from vllm_trimix.probing import prompts
 
         text, _ = getattr(prompts, kind)(generator(seed, kind), size)
@@ -51,6 +52,7 @@ def _prompts(context: Context, length: int, count: int) -> list[Sample]:
 
 def _given(context: Context, path: Path, length: int, count: int) -> list[Sample]:
     """The file's prompts that the length holds; nothing is said of their answers."""
+    # Heavy: PyTorch.
     from vllm_trimix.probing import prompts
 
     read = [prompt.sample.prompt for prompt in prompts.read(path, context.tokenizer, answers=False)]
