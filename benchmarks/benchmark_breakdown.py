@@ -12,6 +12,12 @@ machine to itself.
 
 from __future__ import annotations
 
+if not __package__:
+    # Started by its file.
+    import as_module
+
+    as_module.run(__file__)
+
 import argparse
 import contextlib
 import json

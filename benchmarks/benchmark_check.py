@@ -10,6 +10,12 @@ recorded run on the same kind of CPU gave. Run it with the machine to itself, be
 
 from __future__ import annotations
 
+if not __package__:
+    # Started by its file.
+    import as_module
+
+    as_module.run(__file__)
+
 import argparse
 import dataclasses
 import functools

@@ -9,6 +9,12 @@ error is above its budget gets no time. Run it with the machine to itself.
 
 from __future__ import annotations
 
+if not __package__:
+    # Started by its file.
+    import as_module
+
+    as_module.run(__file__)
+
 import argparse
 import contextlib
 import dataclasses

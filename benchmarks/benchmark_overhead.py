@@ -5,6 +5,12 @@ python -m benchmarks.benchmark_overhead --output benchmarks/results/NAME
 
 from __future__ import annotations
 
+if not __package__:
+    # Started by its file.
+    import as_module
+
+    as_module.run(__file__)
+
 import argparse
 import itertools
 import json
@@ -184,9 +190,7 @@ def tracked_when_idle(log: str) -> int:
 def main() -> None:
     if os.environ.get("OMP_NUM_THREADS") != "1":
         # Read when torch is loaded, so it must be there before this process starts.
-        os.execve(
-            sys.executable, [sys.executable, "-m", __spec__.name, *sys.argv[1:]], {**os.environ, "OMP_NUM_THREADS": "1"}
-        )
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "OMP_NUM_THREADS": "1"})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--cpus", default="0", help="cores of each server's worker, on CPU machines")

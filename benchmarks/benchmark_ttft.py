@@ -10,6 +10,12 @@ Interrupted runs go on where they stopped when called again. Run it with the mac
 
 from __future__ import annotations
 
+if not __package__:
+    # Started by its file.
+    import as_module
+
+    as_module.run(__file__)
+
 import argparse
 import json
 import signal
