@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.gpu.predicted import layer_seconds
 from benchmarks.gpu.report import Report
-from benchmarks.gpu.served_results import words
+from benchmarks.gpu.served.results import words
 from benchmarks.kernels import tiles
 from benchmarks.kernels.contenders import CONTENDERS, dense_baseline, select
 from benchmarks.kernels.problem import Settings, check, make_problem

@@ -122,7 +122,7 @@ FIRST = [
 SECOND = [
     Stage(
         "served",
-        "benchmarks.gpu.served:served",
+        "benchmarks.gpu.served.stage:served",
         130,
         "time to first token to 128K: stock, triangle, pattern; between tokens; a profiled step; short prompts",
         {

@@ -14,7 +14,8 @@ from typing import Any
 from benchmarks.gpu.bundle import restore
 from benchmarks.gpu.processes import Terminated, terminable
 from benchmarks.gpu.report import write_atomically
-from benchmarks.gpu.schedule import ROOT, Options, Schedule
+from benchmarks.gpu.schedule import Options, Schedule
+from benchmarks.gpu.source import ROOT
 from benchmarks.gpu.stage import STAGE_LIMIT, Program, Stage
 from benchmarks.gpu.summary import summary
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import subprocess
@@ -16,25 +15,14 @@ from typing import Any
 
 from benchmarks.gpu.bundle import write_bundle
 from benchmarks.gpu.report import granted_file, load, save, waiting_file
+from benchmarks.gpu.source import ROOT, source_digest
 from benchmarks.gpu.stage import Stage
 from benchmarks.gpu.supervisor import TIME_RAN_OUT
 
-ROOT = Path(__file__).parents[2]
 _POLL_SECONDS = 0.1
 _STOP_SECONDS = 20.0
 # With less left of the budget a prepared stage is not let go on: it would measure next to nothing.
 _LEAST_SECONDS = 3.0
-# What stages run. A change in any of it makes earlier results stale.
-_SOURCES = ("vllm_trimix/**/*.py", "vllm_trimix/**/*.json", "benchmarks/**/*.py", "tests/*.py")
-_SOURCES += ("tests/engine/*.py", "tests/kernels/*.py")
-
-
-def source_digest(root: Path = ROOT) -> str:
-    """Names the code that stages run: its files' names and contents, hashed."""
-    digest = hashlib.sha256()
-    for path in sorted({path for pattern in _SOURCES for path in root.glob(pattern)}):
-        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import pytest
 
 from benchmarks.gpu import speed
 from benchmarks.gpu.report import Report, load, save
-from benchmarks.gpu.schedule import ROOT as SCHEDULE_ROOT
+from benchmarks.gpu.source import ROOT as SOURCE_ROOT
 from benchmarks.gpu.stage import STAGE_LIMIT
 from benchmarks.gpu.stages import STAGES
 from vllm_trimix.demo.bench_model import SHAPES
@@ -458,4 +458,4 @@ def test_a_stage_at_toy_size(tmp_path: Path, names: str) -> None:
 
 def test_run_all_is_executable() -> None:
     assert os.access(RUN_ALL, os.X_OK)
-    assert SCHEDULE_ROOT == ROOT
+    assert SOURCE_ROOT == ROOT

@@ -1,4 +1,4 @@
-"""The stage's end of ``served_child``: starts an engine, asks it, says what went wrong, and leaves nothing behind."""
+"""The stage's end of ``child``: starts an engine, asks it, says what went wrong, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Engine:
         log: Path,
         *,
         environment: Mapping[str, str] | None = None,
-        command: Sequence[str] = (sys.executable, "-m", "benchmarks.gpu.served_child"),
+        command: Sequence[str] = (sys.executable, "-m", "benchmarks.gpu.served.child"),
     ) -> None:
         """Starts the process and hands it the job; ``wait_ready`` waits for its answer.
 
@@ -59,7 +59,8 @@ class Engine:
             environment: Variables on top of this process's.
             command: The child; gets the descriptor of its answers as its last argument.
         """
-        self.name, self.facts = name, {}
+        self.name = name
+        self.facts: dict[str, Any] = {}
         self._log = log
         self._answers, theirs = os.pipe()
         self._unread = b""

@@ -72,7 +72,7 @@ class Results:
     between: dict[str, list[list[float]]] = field(default_factory=dict)
     profiles: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def add(self, engine: str, mode: str | None, length: int, number: int, answer: Mapping[str, Any]) -> None:
+    def add(self, engine: str, mode: str | None, length: int, number: int | str, answer: Mapping[str, Any]) -> None:
         """One request's answer; ``mode`` is None for stock."""
         self.samples.append(
             {

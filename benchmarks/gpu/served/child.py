@@ -1,4 +1,4 @@
-"""One vLLM engine in a process of its own, asked by lines of JSON: ``python -m benchmarks.gpu.served_child FD``.
+"""One vLLM engine in a process of its own, asked by lines of JSON: ``python -m benchmarks.gpu.served.child FD``.
 
 The first line on stdin is the job, ``{"engine": {vLLM's arguments}, "stock": bool}``; its answer holds ``ready``, the
 seconds until the engine could be asked. Each further line is ``{"ask": "generate" | "profile", ...}``; every answer is
@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def main(descriptor: str) -> None:
         started = time.monotonic()
         engine = _engine(job["engine"])
         answers.write(json.dumps({"ready": time.monotonic() - started, **_facts(engine)}) + "\n")
-        asked = {"generate": generate, "profile": profile}
+        asked: dict[str, Callable[..., Any]] = {"generate": generate, "profile": profile}
         for line in sys.stdin:
             message = json.loads(line)
             answers.write(json.dumps(asked[message.pop("ask")](engine, stock=job["stock"], **message)) + "\n")
