@@ -4,8 +4,9 @@
     python -m benchmarks.benchmark_check --record      # keeps the run among those that later ones are held against
 
 Engines of one process's forks take turns, and each round gives a ratio; a small model with random weights, so that the
-figures say nothing of a real one's gain. A ratio got worse when the interval of its median lies wholly above what any
-recorded run on the same kind of CPU gave. Run it with the machine to itself, before and after a change.
+figures say nothing of a real one's gain. A ratio got worse when the interval of its median begins more than 2% above
+the highest end recorded on the same kind of CPU: by so much two processes of the same code were seen to differ. Run it
+with the machine to itself, before and after a change.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ from vllm_trimix.measurement.intervals import interval_confidence, median_interv
 RECORDED = Path(__file__).with_name("bench_check.json")
 # Enough for a 95% interval that leaves the extremes out.
 ROUNDS = 9
+MARGIN = 0.02
+"""By how much of a ratio two processes of the same code were seen to differ."""
 STOCK = "stock"
 TRIANGLE: dict[str, Any] = {"starting_layer": 1}
 VERTICAL_SLASH = {"pattern": "vertical_slash", "vertical_size": 500, "slash_size": 700, "min_seq_len": 0}
@@ -84,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not 0 < args.scale <= 1:
             raise ValueError(f"--scale: {args.scale:g} is not above 0 and up to 1")
         recorded = read_recorded(args.recorded)
+        if args.record and not args.recorded.parent.is_dir():
+            raise ValueError(f"--recorded: {args.recorded.parent} is no folder; make it, or name another file")
     except ValueError as error:
         print(f"benchmark_check: error: {error}", file=sys.stderr)
         return 2
@@ -109,9 +114,13 @@ def read_recorded(path: Path) -> list[dict[str, Any]]:
         return []
     try:
         runs = json.loads(path.read_text())
-        if not all(run["cpu_kind"] and all(run["ratios"].values()) for run in runs):
-            raise ValueError("a run without figures")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        for run in runs:
+            for name, ratios in run["ratios"].items():
+                if not ratios or not all(isinstance(ratio, int | float) for ratio in ratios):
+                    raise ValueError(f"{name}: not a list of numbers")
+        if not all(isinstance(run["cpu_kind"], str) for run in runs):
+            raise ValueError("a run without its kind of CPU")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"--recorded: {path} holds no runs of this benchmark ({error}); name another file") from None
     return list(runs)
 
@@ -130,8 +139,8 @@ def compare(run: dict[str, Any], recorded: Sequence[dict[str, Any]]) -> tuple[li
         recorded: Earlier ones, of any kind of CPU.
 
     Returns:
-        The lines, and the ratios that got worse: those of this kind of CPU whose whole interval lies above every
-        recorded one's.
+        The lines, and the ratios that got worse: those whose interval begins more than ``MARGIN`` above the highest
+        end of this kind of CPU's recorded ones. Better are those whose interval ends below every recorded one.
     """
     same = [earlier for earlier in recorded if earlier["cpu_kind"] == run["cpu_kind"]]
     lines = [f"{run['cpu_kind']}; {run['environment']['date']}; commit {run['environment']['commit']}"]
@@ -150,13 +159,15 @@ def compare(run: dict[str, Any], recorded: Sequence[dict[str, Any]]) -> tuple[li
         if earlier:
             least, most = min(low for low, _ in earlier), max(high for _, high in earlier)
             verdict = "as before"
-            if low > most:
+            if low > most * (1 + MARGIN):
                 verdict = "WORSE than before"
                 worse.append(name)
             elif high < least:
                 verdict = "better than before"
             said += f"; {verdict}: {least:.3f}-{most:.3f} in {len(earlier)} recorded run{'s' * (len(earlier) > 1)}"
         lines.append(said)
+    if same:
+        lines.append(f"worse: an interval that begins more than {MARGIN:.0%} above the highest end recorded")
     return lines, worse
 
 
@@ -248,7 +259,7 @@ def _planner(model: Path) -> Callable[[None], float]:
 
     planned = planned_step(model, num_requests=PLANNED_DECODES, num_prefill=0)
 
-    def ratio(_: None) -> float:
+    def ratio(_message: None) -> float:
         ours, stock = [], []
         with planned.current():
             for _ in range(_PLANS):
