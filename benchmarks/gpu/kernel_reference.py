@@ -139,7 +139,9 @@ class _Results:
             self._skipped.append(name)
             self._say(name, "skipped", ended)
             return
-        entry = dict(ended.value) if ended.how == "returned" else {"error": ended.error, "trace": ended.trace}
+        entry: dict[str, Any] = (
+            dict(ended.value) if ended.how == "returned" else {"error": ended.error, "trace": ended.trace}
+        )
         # Many cases share a compiled kernel.
         self._variants |= {facts["hash"]: facts for facts in entry.get("variants", [])}
         entry["variants"] = [facts["hash"] for facts in entry.get("variants", [])]

@@ -48,7 +48,9 @@ def request_seconds(
     """
     device = device_for(environment.get("device_name", ""))
     found: list[dict[str, Any]] = []
-    for chunk in chunks if device is not None else ():
+    if device is None:
+        return found
+    for chunk in chunks:
         for length in lengths:
             seconds = {
                 mode: predict_request(

@@ -56,12 +56,15 @@ def make_block_mask(pattern: Triangle, length: int, device: torch.device) -> Any
     def causal(b: Any, h: Any, i: Any, j: Any) -> Any:
         return j <= i
 
-    ordered = []
-    for blocks in visible_blocks(pattern, length, device):
-        ordered.append(blocks.sum(-1, dtype=torch.int32)[None, None])
-        ordered.append(blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)[None, None])
+    def ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many blocks each row of blocks has, and which, those first."""
+        first = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+        return blocks.sum(-1, dtype=torch.int32)[None, None], first.to(torch.int32)[None, None]
+
+    some, whole = visible_blocks(pattern, length, device)
     return BlockMask.from_kv_blocks(
-        *ordered,
+        *ordered(some),
+        *ordered(whole),
         BLOCK_SIZE=BLOCK,
         mask_mod=causal if dense_from <= 0 else visible,
         seq_lengths=(length, length),

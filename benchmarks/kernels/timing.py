@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -125,7 +126,7 @@ class Measurement:
         with torch.no_grad():
             for name, contender in self._contenders.items():
                 step(name)
-                self._attempt(name, lambda name=name, contender=contender: self._enter(name, contender))
+                self._attempt(name, functools.partial(self._enter, name, contender))
 
     def round(self, *, last: bool, step: Callable[[str], object] = lambda name: None) -> None:
         """One sample of each that still takes part.
@@ -137,7 +138,7 @@ class Measurement:
         with torch.no_grad():
             for name, runner in list(self._runners.items()):
                 step(name)
-                self._attempt(name, lambda runner=runner: runner.round(last=last))
+                self._attempt(name, functools.partial(runner.round, last=last))
 
     def _attempt(self, name: str, call: Callable[[], object]) -> None:
         # Whatever a contender raises, the others go on and the report says why this one has no time.
