@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import graphlib
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +36,21 @@ def test_no_module_imports_itself_on_a_way_round() -> None:
             if way := graph.find_shortest_chain(imported, module):
                 circles.append((module, *way))
     assert circles == []
+
+
+def test_no_header_includes_itself_on_a_way_round() -> None:
+    folder = ROOT / "csrc"
+    includes = {
+        path.relative_to(ROOT): {
+            (path.parent / name).resolve().relative_to(ROOT)
+            for name in re.findall(r'^#include "([^"]+)"', path.read_text(), re.MULTILINE)
+        }
+        for pattern in ("*.h", "*.cpp")
+        for path in folder.rglob(pattern)
+    }
+    assert sum(map(len, includes.values())) > 10
+    # Raises CycleError, with the circle.
+    graphlib.TopologicalSorter(includes).prepare()
 
 
 def _inner_imports(tree: ast.AST) -> Iterator[ast.stmt]:
