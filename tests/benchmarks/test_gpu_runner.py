@@ -1,178 +1,18 @@
-"""How the GPU run's stages are run, resumed and ended, on stages that do next to nothing."""
+"""How the GPU run's stages are run, resumed and ended, and what is taken home, on stages that do next to nothing."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import tarfile
-import time
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from benchmarks.gpu.report import save
 from benchmarks.gpu.source import source_digest
-
-ROOT = Path(__file__).parents[2]
-RUN_ALL = ROOT / "benchmarks" / "gpu" / "run_all.sh"
-
-TRIVIAL = """
-import json, os, subprocess, sys, time
-from pathlib import Path
-from benchmarks.gpu.runner import main
-from benchmarks.gpu.stage import Program, Stage
-
-def good(report):
-    with open(report.folder.parent / "ran", "a") as file:
-        file.write("good\\n")
-    report.figure(speed=3)
-    report.check("two and two", 2 + 2 == 4, "four")
-
-def bad(report):
-    with open(report.folder.parent / "ran", "a") as file:
-        file.write("bad\\n")
-    (report.folder / "rounds").write_text("kept")
-    report.check("first", True)
-    report.check("pipes | and\\nlines", False, "seven " * 200)
-
-def raises(report):
-    report.check("before", True)
-    raise RuntimeError("no device")
-
-def empty(report):
-    pass
-
-def skips(report):
-    report.skip("too small a device")
-
-def hangs(report):
-    report.check("before", True, "kept")
-    here = Path(__file__).parent
-    with open(report.folder / "pids", "w") as file:
-        for server in ("tidy.py", "deaf.py"):
-            subprocess.run([sys.executable, str(here / "middle.py"), str(here / server)], stdout=file, check=True)
-    time.sleep(600)
-
-def mark(report, what):
-    with open(report.folder.parent / "marks", "a") as file:
-        file.write(f"{report.folder.name} {what} {time.monotonic()}\\n")
-
-def beside(report):
-    mark(report, "starts")
-    time.sleep(float(os.environ.get("BESIDE_SECONDS", 1)))
-    report.check("done", True)
-    mark(report, "ends")
-
-def prepared(report):
-    mark(report, "prepares")
-    time.sleep(float(os.environ.get("PREPARE_SECONDS", 0.2)))
-    report.check("prepared", True)
-    report.figure(granted=report.alone())
-    mark(report, "starts")
-    with report.on_device():
-        time.sleep(float(os.environ.get("ALONE_SECONDS", 0.5)))
-    report.check("measured", True)
-    mark(report, "ends")
-
-def make(name):
-    # b1, b2: beside; p1, p2: prepared; others alone.
-    kind = {"b": "beside", "p": "prepared"}.get(name[0]) if name[1:].isdigit() else None
-    uses = {} if kind is None else {"use": kind, "limit": float(os.environ.get("LIMIT", 60)), "prepare": 6.0}
-    return Stage(name, f"trivial:{kind or name}", 5, f"about {name}", {"n": 1}, {"n": 2}, **uses)
-
-NAMES = os.environ["TRIVIAL"].split(",")
-PROGRAMS = {"all": Program("run_all.sh", [make(name) for name in NAMES], None, "all")}
-
-def probe(toy):
-    return {"device": os.environ.get("TRIVIAL_DEVICE", "cuda"), "date": "today", "commit": "c", "versions": {"v": "1"}}
-
-if __name__ == "__main__":
-    sys.exit(main(PROGRAMS, probe))
-"""
-
-
-# Servers lead sessions of their own, and may be stopped or have lost their parent.
-MIDDLE = """
-import subprocess, sys
-subprocess.Popen([sys.executable, sys.argv[1]], start_new_session=True)
-"""
-TIDY = """
-import os, pathlib, signal, sys
-def tidy(*_):
-    pathlib.Path(__file__).with_name("tidied").touch()
-    sys.exit()
-signal.signal(signal.SIGTERM, tidy)
-print(os.getpid(), flush=True)
-os.kill(os.getpid(), signal.SIGSTOP)
-signal.pause()
-"""
-DEAF = """
-import os, signal, time
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-print(os.getpid(), flush=True)
-time.sleep(600)
-"""
-
-
-class Trivial:
-    """A command line around stages that do next to nothing."""
-
-    def __init__(self, folder: Path) -> None:
-        for name, text in (("trivial", TRIVIAL), ("middle", MIDDLE), ("tidy", TIDY), ("deaf", DEAF)):
-            (folder / f"{name}.py").write_text(text)
-        self.folder, self.output = folder, folder / "out"
-
-    def start(self, stages: str, *arguments: str, device: str = "cuda", **env: str) -> subprocess.Popen[str]:
-        path = os.pathsep.join([str(self.folder), str(ROOT)])
-        return subprocess.Popen(
-            [sys.executable, str(self.folder / "trivial.py"), f"--output={self.output}", *arguments],
-            env={**os.environ, "PYTHONPATH": path, "TRIVIAL": stages, "TRIVIAL_DEVICE": device} | env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    def run(self, stages: str, *arguments: str, device: str = "cuda", **env: str) -> tuple[int, str]:
-        process = self.start(stages, *arguments, device=device, **env)
-        out, _ = process.communicate(timeout=120)
-        return process.returncode, out
-
-    def result(self, stage: str) -> dict[str, Any]:
-        return json.loads((self.output / f"{stage}.json").read_text())
-
-    def ran(self) -> Counter[str]:
-        return Counter((self.output / "ran").read_text().split())
-
-    def marks(self) -> dict[tuple[str, str], float]:
-        """When each stage prepared, started and ended, by name and word."""
-        lines = [line.split() for line in (self.output / "marks").read_text().splitlines()]
-        return {(name, what): float(when) for name, what, when in lines}
-
-    def servers(self) -> list[int]:
-        """Process ids of the servers of ``hangs``, once they are there."""
-        file = self.output / "hangs" / "pids"
-        deadline = time.monotonic() + 60
-        while not (file.exists() and file.read_text().count("\n") == 2):
-            assert time.monotonic() < deadline, "the stage did not start its servers"
-            time.sleep(0.05)
-        return [int(line) for line in file.read_text().split()]
-
-    @property
-    def tidied(self) -> bool:
-        """Whether the server that could was let tidy up."""
-        return (self.folder / "tidied").exists()
-
-
-@pytest.fixture
-def trivial(tmp_path: Path) -> Trivial:
-    return Trivial(tmp_path)
+from tests.benchmarks.trivial import Trivial
 
 
 def test_a_failing_stage_stops_nothing(trivial: Trivial) -> None:
@@ -255,17 +95,6 @@ def test_an_interrupted_run_leaves_no_process(trivial: Trivial, number: signal.S
     assert not (trivial.output / "good.json").exists()
 
 
-def test_a_budget_leaves_what_does_not_fit(trivial: Trivial) -> None:
-    status, out = trivial.run("good,bad", "--budget=4")
-    assert status == 0, out
-    assert "left: good, bad" in out
-    assert "| good | left |" in (trivial.output / "summary.md").read_text()
-    # A stage never runs past the budget.
-    status, _ = trivial.run("hangs", "--budget=7")
-    assert trivial.result("hangs")["status"] == "timeout"
-    assert trivial.result("hangs")["seconds"] < 20
-
-
 def test_stages_are_chosen_in_their_order(trivial: Trivial) -> None:
     status, out = trivial.run("good,bad,empty", "--only=empty,good", "--list")
     assert status == 0
@@ -287,61 +116,6 @@ def test_any_changed_source_counts(tmp_path: Path) -> None:
         path.write_text(text)
         digests.append(source_digest(tmp_path))
     assert len(set(digests)) == 4
-
-
-def test_stages_run_side_by_side_where_they_may(trivial: Trivial) -> None:
-    status, out = trivial.run("b1,b2,good", "--jobs=2")
-    assert status == 0, out
-    at = trivial.marks()
-    assert max(at["b1", "starts"], at["b2", "starts"]) < min(at["b1", "ends"], at["b2", "ends"])
-    # What must be alone starts when both have ended.
-    assert out.index("good: started") > max(out.index("b1: passed"), out.index("b2: passed"))
-    trivial.run("b1,b2", "--jobs=1", "--toy")
-    at = trivial.marks()
-    assert at["b2", "starts"] > at["b1", "ends"]
-
-
-def test_a_prepared_stage_has_the_device_to_itself(trivial: Trivial) -> None:
-    status, out = trivial.run("p1,b1,p2", "--jobs=3", BESIDE_SECONDS="3")
-    assert status == 0, out
-    at = trivial.marks()
-    assert max(at["p1", "prepares"], at["p2", "prepares"]) < at["b1", "ends"]
-    order = [at["b1", "ends"], at["p1", "starts"], at["p1", "ends"], at["p2", "starts"]]
-    assert order == sorted(order)
-    first, second = trivial.result("p1"), trivial.result("p2")
-    assert first["granted"] == 60
-    assert first["device_seconds"] == pytest.approx(0.5, abs=0.3)
-    # Waiting for the others is not its time.
-    assert second["waited_seconds"] > 0.5
-    assert second["seconds"] < at["p2", "ends"] - at["p2", "prepares"]
-
-
-def test_a_prepared_stage_is_ended_in_either_phase(trivial: Trivial) -> None:
-    status, _ = trivial.run("p1", PREPARE_SECONDS="60")
-    assert (status, trivial.result("p1")["status"]) == (1, "timeout")
-    assert "ended after 6 s" in trivial.result("p1")["seen"]
-    status, _ = trivial.run("p1,b1", ALONE_SECONDS="60", LIMIT="9", BESIDE_SECONDS="4")
-    assert trivial.result("p1")["status"] == "timeout"
-    assert "ended after 9 s; 1 checks had passed" in trivial.result("p1")["seen"]
-    assert trivial.result("b1")["status"] == "passed"
-
-
-def test_time_is_kept_for_what_is_prepared(trivial: Trivial) -> None:
-    # Of 14 seconds 5 are the prepared stage's: the others are ended before, and the last of them isn't begun.
-    status, out = trivial.run("b1,p1,b2", "--jobs=2", "--budget=20", "--elapsed=6", BESIDE_SECONDS="60")
-    assert status == 1, out
-    assert trivial.result("b1")["status"] == "timeout"
-    assert trivial.result("p1")["status"] == "passed"
-    assert "b2: left, it needs 5 s of " in out
-    assert "left: b2" in out
-
-
-def test_a_prepared_stage_without_time_is_left(trivial: Trivial) -> None:
-    status, out = trivial.run("p1,p2", "--jobs=2", "--budget=12", ALONE_SECONDS="60")
-    assert (status, trivial.result("p1")["status"]) == (1, "timeout")
-    assert "p2: left, " in out
-    assert "are left for measuring" in out
-    assert "| p2 | left |" in (trivial.output / "summary.md").read_text()
 
 
 def test_what_is_taken_home_is_renewed_after_each_stage(trivial: Trivial, tmp_path: Path) -> None:
