@@ -23,7 +23,7 @@ from vllm_trimix.kernels.torch_cpu import known_layouts, triangle_prefill
 from vllm_trimix.patterns.a_shape import AShape
 from vllm_trimix.patterns.selection import Selection
 from vllm_trimix.patterns.triangle import Triangle
-from vllm_trimix.plan import Request, Span, build_dynamic_plan, build_plan
+from vllm_trimix.plan import DynamicPlan, Plan, Request, Span, build_dynamic_plan, build_plan
 
 VOCABULARY, HIDDEN, PAGES = 50, 32, 64
 
@@ -178,7 +178,7 @@ class Engine:
         lens = [item.position + item.rows for item in batch]
         requests = [self.sequences[item.name].request for item in batch]
         last_n = spec.triangle.last_n if spec.shallow is None else spec.shallow.last_n
-        plans = {
+        plans: dict[str, Plan | DynamicPlan] = {
             "dense": build_plan(starts, lens, requests, pattern=spec.triangle, min_prompt_len=0, step_reason="dense"),
             "triangle": build_plan(starts, lens, requests, pattern=spec.triangle, min_prompt_len=spec.min_prompt_len),
             "shallow": build_dynamic_plan(starts, lens, requests, last_n=last_n, min_seq_len=0, min_rows=1),
@@ -188,13 +188,21 @@ class Engine:
             table[row, : len(self.tables[item.name])] = torch.tensor(self.tables[item.name])
         xs = [self.weights.embedding[self.sequences[i.name].tokens[i.position : i.position + i.rows]] for i in batch]
         for number, kind in enumerate(spec.layers):
-            slices = [self._rank(number, kind, rank, plans[kind], table, batch, xs) for rank in range(self.ranks)]
+            slices = [self._rank(number, rank, plans[kind], table, batch, xs) for rank in range(self.ranks)]
             o = torch.cat(slices, dim=1).flatten(1).split([item.rows for item in batch])
             xs = [x + part @ self.weights.out[number] for x, part in zip(xs, o, strict=True)]
         for item, x in zip(batch, xs, strict=True):
             self.results[item.name][item.position : item.position + item.rows] = x
 
-    def _rank(self, number, kind, rank, plan, table, batch, xs) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    def _rank(
+        self,
+        number: int,
+        rank: int,
+        plan: Plan | DynamicPlan,
+        table: torch.Tensor,
+        batch: list[Item],
+        xs: list[torch.Tensor],
+    ) -> torch.Tensor:
         """One rank's heads of one layer: [num_rows, heads of the rank, head_size]."""
         spec, heads = self.spec, self.spec.heads // self.ranks
         own = slice(rank * heads, (rank + 1) * heads)
@@ -212,7 +220,7 @@ class Engine:
         out = torch.full_like(queries, math.nan)
         k_pages, v_pages = self.cache[:, number, rank]
         pages_of = dynamic.CpuPages(k_pages, v_pages, table, self.layouts, spec.page_size, spec.head_size**-0.5)
-        if kind == "shallow":
+        if isinstance(plan, DynamicPlan):
             assert spec.shallow is not None
             patterns = spec.shallow.heads_of(number, rank * heads, heads)
             layer = dynamic.LayerPatterns(patterns, num_kv_heads=self.kv_heads, device=torch.device("cpu"))

@@ -83,7 +83,9 @@ def mutants(path: str) -> list[Generated]:
             wanted.append((name, mutation))
     found = []
     for name, mutation in wanted[:: EVERY.get(path, EVERY_OTHER)]:
-        text = module.deep_replace(mutation.original_node, mutation.mutated_node).code
+        mutated = module.deep_replace(mutation.original_node, mutation.mutated_node)
+        assert isinstance(mutated, libcst.Module)
+        text = mutated.code
         old, new = _changed(source.splitlines(), text.splitlines())
         found.append(Generated(path, name, old, new, text, TESTS[path][name]))
     return found
@@ -93,7 +95,8 @@ def _changed(old: list[str], new: list[str]) -> tuple[str, str]:
     """The lines that differ, in one line each; a mutant changes one place."""
     first = next(number for number, (mine, its) in enumerate(zip(old, new, strict=False)) if mine != its)
     last = next(number for number, (mine, its) in enumerate(zip(old[::-1], new[::-1], strict=False)) if mine != its)
-    return tuple(" ".join(line.strip() for line in lines[first : len(lines) - last]) for lines in (old, new))  # type: ignore[return-value]
+    mine, its = (" ".join(line.strip() for line in lines[first : len(lines) - last]) for lines in (old, new))
+    return mine, its
 
 
 def _raised_nodes() -> Any:

@@ -220,7 +220,7 @@ def flexprefill(
 def query_aware(head: Head, gamma: float, block_size: int) -> set[tuple[int, int]]:
     """Algorithm 4: of the chunk's (tile, block) pairs the fewest that hold ``gamma``; every tile weighs the same."""
     tiles = head.tiles(block_size)
-    shares = {}
+    shares: dict[tuple[int, int], float] = {}
     for tile in tiles:
         q = tile_mean(head, tile, block_size)
         blocks = range(tile + 1)

@@ -35,12 +35,12 @@ def _near(draw: Draw, places: tuple[int, ...], low: int, high: int) -> int:
 
 def arbitrary_step(draw: Draw) -> Step:
     """Requests that know nothing of each other, with every border where the rule changes hit on purpose."""
-    pattern, min_prompt_len, *rest = _settings(draw)
+    pattern, min_prompt_len, max_tail_rows, min_seq_len, min_rows = _settings(draw)
     longest = 3 * pattern.dense_len + 30
     batch = []
     for _ in range(draw(1, 6)):
-        prompt_len = _near(draw, (pattern.dense_len, min_prompt_len, rest[1]), 1, longest)
-        borders = (prompt_len - pattern.last_n, prompt_len, pattern.n_init + pattern.n_local, rest[1])
+        prompt_len = _near(draw, (pattern.dense_len, min_prompt_len, min_seq_len), 1, longest)
+        borders = (prompt_len - pattern.last_n, prompt_len, pattern.n_init + pattern.n_local, min_seq_len)
         request = Request(prompt_len, _REASONS[draw(0, 5)], _DYNAMIC_REASONS[draw(0, 3)])
         kind = draw(0, 7)
         if kind == 0:  # Decode, or drafts to verify.
@@ -59,7 +59,7 @@ def arbitrary_step(draw: Draw) -> Step:
             item = Scheduled(request, position, end - position, cached=kind > 5 and position > 0)
         batch.append(item)
     reason = "graph_replay" if draw(0, 19) == 0 else None
-    return Step(tuple(batch), pattern, min_prompt_len, *rest, reason)
+    return Step(tuple(batch), pattern, min_prompt_len, max_tail_rows, min_seq_len, min_rows, reason)
 
 
 @st.composite
@@ -88,10 +88,10 @@ def scheduled_steps(seed: int) -> Iterator[Step]:
     """The steps of a scheduler: chunks by a budget of tokens, cache hits, preemptions, drafts, padding."""
     rng = random.Random(seed)
     draw = rng.randint
-    pattern, min_prompt_len, *rest = _settings(draw)
+    pattern, min_prompt_len, max_tail_rows, min_seq_len, min_rows = _settings(draw)
     longest, block_size = 3 * pattern.dense_len + 30, rng.choice((1, 4, 16))
     budget = rng.choice((3, 8, 17, 64)) if pattern.n_local < 512 else rng.choice((256, 1000, 2048))
-    places = (pattern.dense_len, min_prompt_len, rest[1])
+    places = (pattern.dense_len, min_prompt_len, min_seq_len)
     lives = [_Life(rng, _near(draw, places, 1, longest), block_size) for _ in range(draw(1, 5))]
     drafts, padding = draw(0, 3), draw(0, 2)
     while lives:
@@ -106,7 +106,7 @@ def scheduled_steps(seed: int) -> Iterator[Step]:
                 running.append((life, rows, extra))
                 left -= rows
         pads = (Scheduled(None, 0, 0),) * padding
-        yield Step((*batch, *pads), pattern, min_prompt_len, *rest, None)
+        yield Step((*batch, *pads), pattern, min_prompt_len, max_tail_rows, min_seq_len, min_rows, None)
         for life, rows, extra in running:
             life.cached = False
             if life.computed + rows < life.tokens:

@@ -40,7 +40,8 @@ def planned(step: Step, plan: Plan) -> dict[int, set[int]] | None:
 
 def dynamic_truth(step: Step) -> dict[int, tuple[int, int]]:
     """Position, and end of the chunk's prompt rows, of each row that a dynamic pattern computes."""
-    sparse, row = {}, 0
+    sparse: dict[int, tuple[int, int]] = {}
+    row = 0
     for item in step.batch:
         request, rows = item.request, range(row, row + item.rows)
         row += item.rows

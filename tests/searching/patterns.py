@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from vllm_trimix.patterns.base import DynamicPattern
 from vllm_trimix.patterns.registry import make_pattern
 
-PATTERNS: dict[str, DynamicPattern] = {
-    name: make_pattern(entry, where="test")
-    for name, entry in {
-        "a_shape": {"pattern": "a_shape", "n_init": 3, "n_local": 70},
-        "no_sinks": {"pattern": "a_shape", "n_init": 0, "n_local": 1, "block_size": 128},
-        "vertical_slash": {"pattern": "vertical_slash", "vertical_size": 40, "slash_size": 110},
-        "block_sparse": {"pattern": "block_sparse", "top_k": 2},
-        "flexprefill": {"pattern": "flexprefill", "gamma": 0.6, "block_size": 64},
-        "xattention": {"pattern": "xattention", "threshold": 0.3, "block_size": 128},
-        "dense": {"pattern": "dense"},
-    }.items()
+_ENTRIES: dict[str, dict[str, Any]] = {
+    "a_shape": {"pattern": "a_shape", "n_init": 3, "n_local": 70},
+    "no_sinks": {"pattern": "a_shape", "n_init": 0, "n_local": 1, "block_size": 128},
+    "vertical_slash": {"pattern": "vertical_slash", "vertical_size": 40, "slash_size": 110},
+    "block_sparse": {"pattern": "block_sparse", "top_k": 2},
+    "flexprefill": {"pattern": "flexprefill", "gamma": 0.6, "block_size": 64},
+    "xattention": {"pattern": "xattention", "threshold": 0.3, "block_size": 128},
+    "dense": {"pattern": "dense"},
 }
+PATTERNS: dict[str, DynamicPattern] = {name: make_pattern(entry, where="test") for name, entry in _ENTRIES.items()}
 
 
 class Inputs(NamedTuple):
