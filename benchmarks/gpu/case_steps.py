@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.gpu.differences import budget_of, describe, share_of_budget, wrong_of
 from benchmarks.gpu.flash_check import flash_beside_kernel
-from benchmarks.gpu.kernel_cases import Launch, kernel_of, prepare_launch
+from benchmarks.gpu.kernel_cases import Launch, prepare_launch
 from benchmarks.gpu.variants import RECORD, ptxas_version
 from tests.kernels.sparse_interpreter import SparseCase
 from tests.kernels.triton_interpreter import Case
@@ -201,16 +201,16 @@ def _reshaped(case: Any, device: str, **changes: Any) -> dict[str, Any]:
 
 def _wide_scores(case: Any, device: str) -> dict[str, Any]:
     """fp8 queries and keys, multiplied in 16 bits."""
-    from vllm_trimix.kernels import triton_estimate, triton_sparse, triton_triangle
+    # Triton may be missing.
+    from vllm_trimix.kernels import triton_launch
 
-    module = {"triangle": triton_triangle, "sparse": triton_sparse, "estimate": triton_estimate}[kernel_of(case)]
-    original = module.matrix_dtypes
+    original = triton_launch.matrix_dtypes
 
     def wide(*dtypes: torch.dtype) -> dict[str, Any]:
         found = original(*dtypes)
         return found | {"SCORE_DTYPE": found["COMPUTE_DTYPE"]}
 
-    with mock.patch.object(module, "matrix_dtypes", wide):
+    with mock.patch.object(triton_launch, "matrix_dtypes", wide):
         return _outcome(prepare_launch(case, device))
 
 

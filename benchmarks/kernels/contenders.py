@@ -21,9 +21,10 @@ from benchmarks.kernels import flex, tiles
 from benchmarks.kernels.counting import dense_pattern
 from benchmarks.kernels.problem import Problem, Settings
 from benchmarks.kernels.reference import Mask
-from vllm_trimix.backend.flash_merge import FlashMergePrefill
-from vllm_trimix.backend.flash_pages import FlashPagesPrefill
-from vllm_trimix.backend.prefill import TrianglePrefill, TritonPrefill
+from vllm_trimix.backend.triangle.flash_merge import FlashMergePrefill
+from vllm_trimix.backend.triangle.flash_pages import FlashPagesPrefill
+from vllm_trimix.backend.triangle.prefill import TrianglePrefill
+from vllm_trimix.backend.triangle.triton_prefill import TritonPrefill
 from vllm_trimix.kernels.triton_configs import TileConfig
 
 

@@ -11,9 +11,10 @@ from unittest import mock
 import torch
 
 from benchmarks.kernels.problem import FP8, Problem, Settings, plan_steps
-from vllm_trimix.backend import flash_pages
-from vllm_trimix.backend.prefill import LayerShape, Scales, TrianglePrefill
+from vllm_trimix.backend.triangle import flash_pages
+from vllm_trimix.backend.triangle.prefill import LayerGroup, LayerShape, TrianglePrefill
 from vllm_trimix.backend.upload import upload
+from vllm_trimix.kernels.layer_call import LayerCall, Scales
 from vllm_trimix.kernels.triton_configs import TileConfig
 
 
@@ -234,13 +235,14 @@ class Trimix:
         self._tile = tile
         self._problem = problem
         self._version = flash_attention_version(settings)
-        self._prefill = prefill(
-            {LayerShape(settings.num_heads, settings.num_kv_heads, settings.head_size)},
+        group = LayerGroup(
+            frozenset({LayerShape(settings.num_heads, settings.num_kv_heads, settings.head_size)}),
             triangle=settings.pattern,
             dtype_size=settings.dtype.itemsize,
             block_size=settings.block_size,
             device=settings.device,
         )
+        self._prefill = prefill(group)
         self._max_tail_rows = self._prefill.max_tail_rows if max_tail_rows is None else max_tail_rows
         self._k, self._v = problem.kv_cache.split(settings.head_size, dim=-1)
         one = torch.ones(1, device=settings.device) if settings.fp8 else None
@@ -279,14 +281,6 @@ class Trimix:
                 for rows in dense:
                     rows.run()
                 if step is not None:
-                    self._prefill.run(
-                        step,
-                        self._q[start:end],
-                        self._k,
-                        self._v,
-                        scale=scale,
-                        soft_cap=0.0,
-                        scales=self._scales,
-                        out=out,
-                    )
+                    call = LayerCall(self._q[start:end], self._k, self._v, out, scale, scales=self._scales)
+                    self._prefill.run(step, call)
         return self._out

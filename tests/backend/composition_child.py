@@ -48,7 +48,7 @@ class EngineFactory:
     """Makes engines; configurations are made once per kind."""
 
     def __init__(self, model_runner: Any, folder: Path) -> None:
-        from vllm_trimix.backend.prefill import TritonPrefill
+        from vllm_trimix.backend.triangle.triton_prefill import TritonPrefill
 
         self.model_runner, self.folder = model_runner, folder
         self.max_tail_rows = TritonPrefill.max_tail_rows
@@ -70,7 +70,7 @@ class EngineFactory:
 
         from tests.backend.v2_engine import Engine
         from tests.backend.v2_runner import make_config
-        from vllm_trimix.backend.prefill import TritonPrefill
+        from vllm_trimix.backend.triangle.triton_prefill import TritonPrefill
 
         TritonPrefill.max_tail_rows = 0 if dense.endswith(STOCK_TAILS) else self.max_tail_rows
         dense = dense.removesuffix(STOCK_TAILS)

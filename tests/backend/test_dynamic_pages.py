@@ -5,8 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_trimix.backend.dynamic import CudaPages, _dequantised
-from vllm_trimix.backend.prefill import Scales
+from vllm_trimix.backend.cuda_pages import CudaPages, dequantised
+from vllm_trimix.kernels.layer_call import LayerCall, Scales
+
+
+def _pages(cache: torch.Tensor, block_table: torch.Tensor, k_scale: torch.Tensor | None) -> CudaPages:
+    """The cache of a layer that computes in bf16."""
+    rows = torch.empty(0, cache.shape[1], cache.shape[3], dtype=torch.bfloat16)
+    return CudaPages(LayerCall(rows, cache, cache, rows, 1.0, scales=Scales(k=k_scale)), block_table, 1, {})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
@@ -18,7 +24,7 @@ def test_keys_of_a_request(heads_first: bool, dtype: torch.dtype) -> None:
     cache = keys.permute(order).contiguous().permute(order)
     block_table = torch.tensor([[0, 0, 0], [3, 1, 6]], dtype=torch.int32)
     scale = None if dtype == torch.bfloat16 else torch.tensor(0.5)
-    read = CudaPages(cache, cache, block_table, 1.0, 0.0, Scales(None, scale, None), torch.bfloat16, 1, {})
+    read = _pages(cache, block_table, scale)
     found = read.gather(1, 40, 1, 2).k
     expected = torch.cat([keys[page] for page in (3, 1, 6)], dim=1)[1:3, :40].to(torch.bfloat16)
     assert torch.equal(found, expected if scale is None else expected / 2)
@@ -27,10 +33,10 @@ def test_keys_of_a_request(heads_first: bool, dtype: torch.dtype) -> None:
 def test_fp8_keys_count_in_both_precisions() -> None:
     """What is gathered and what it becomes are held at once, and nothing else: a slab's size follows from it."""
     cache = torch.ones(8, 4, 16, 32).to(torch.float8_e4m3fn)
-    scales = Scales(None, torch.tensor(0.5), None)
-    read = CudaPages(cache, cache, torch.zeros(1, 1, dtype=torch.int32), 1.0, 0.0, scales, torch.bfloat16, 1, {})
+    scale = torch.tensor(0.5)
+    read = _pages(cache, torch.zeros(1, 1, dtype=torch.int32), scale)
     with torch.profiler.profile(profile_memory=True) as profile:
-        keys = _dequantised(cache, scales.k, torch.bfloat16)
+        keys = dequantised(cache, scale, torch.bfloat16)
     allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
     # The scale in bf16 is the rest.
     assert keys.nbytes <= allocated <= keys.nbytes + 64

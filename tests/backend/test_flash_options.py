@@ -17,17 +17,19 @@ pytest.importorskip("vllm", reason="FlashAttention is vLLM's")
 
 from tests.backend.flash_on_cpu import FlashOnCpu, flash_on_cpu
 from tests.budget import assert_within_budget
-from vllm_trimix.backend.flash_merge import FlashMergePrefill
-from vllm_trimix.backend.flash_pages import TILE_ROWS, FlashPagesPrefill, list_pages, visible
-from vllm_trimix.backend.prefill import LayerShape, Scales
+from vllm_trimix.backend.triangle.flash_merge import FlashMergePrefill
+from vllm_trimix.backend.triangle.flash_pages import TILE_ROWS, FlashPagesPrefill, list_pages, visible
+from vllm_trimix.backend.triangle.prefill import LayerGroup, LayerShape, TrianglePrefill
 from vllm_trimix.backend.upload import upload
+from vllm_trimix.kernels.layer_call import LayerCall, Scales
 from vllm_trimix.kernels.reference import masked_attention
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.plan import Plan, Span
 
-OPTIONS = {"merge": FlashMergePrefill, "pages": FlashPagesPrefill}
+OPTIONS: dict[str, type[TrianglePrefill]] = {"merge": FlashMergePrefill, "pages": FlashPagesPrefill}
 CPU = torch.device("cpu")
 FP8 = torch.float8_e4m3fn
+SMALL = LayerGroup(frozenset({LayerShape(8, 2, 16)}), Triangle(), dtype_size=4, block_size=16, device=CPU)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,17 +99,12 @@ def run(case: Case) -> FlashOnCpu:
 
     plan = Plan(triangle=spans)
     with flash_on_cpu(version=case.version) as calls:
-        prefill = OPTIONS[case.option](
-            {LayerShape(num_heads, case.num_kv_heads, head_size)},
-            triangle=Triangle(case.n_init, case.n_local, 0),
-            dtype_size=case.dtype.itemsize,
-            block_size=block_size,
-            device=CPU,
-        )
+        shape, triangle = LayerShape(num_heads, case.num_kv_heads, head_size), Triangle(case.n_init, case.n_local, 0)
+        prefill = OPTIONS[case.option](LayerGroup(frozenset({shape}), triangle, case.dtype.itemsize, block_size, CPU))
         step = prefill.bind(plan, upload(prefill.arrays(plan), CPU), block_table)
         outs = [torch.full((num_tokens, num_heads, head_size), torch.nan, dtype=case.dtype) for _ in range(case.layers)]
         for out in outs:
-            prefill.run(step, q, k_cache, v_cache, scale=scale, soft_cap=case.soft_cap, scales=scales, out=out)
+            prefill.run(step, LayerCall(q, k_cache, v_cache, out, scale, case.soft_cap, scales))
 
     covered = torch.zeros(num_tokens, dtype=torch.bool)
     truth, plain = [], []
@@ -238,32 +235,30 @@ def test_what_merge_launches() -> None:
 @pytest.mark.parametrize("option", OPTIONS)
 def test_steps_without_rows_launch_nothing(option: str) -> None:
     with flash_on_cpu() as calls:
-        prefill = OPTIONS[option]({LayerShape(8, 2, 16)}, triangle=Triangle(), dtype_size=4, block_size=16, device=CPU)
+        prefill = OPTIONS[option](SMALL)
         table = torch.zeros(1, 4, dtype=torch.int32)
         cache, q = torch.zeros(5, 2, 16, 16), torch.zeros(3, 8, 16)
         empty = prefill.bind(Plan(), prefill.arrays(Plan()), table)
         for step in (prefill.idle(table), empty):
-            prefill.run(step, q, cache, cache, scale=1.0, soft_cap=0.0, scales=Scales(), out=q)
+            prefill.run(step, LayerCall(q, cache, cache, q, 1.0))
     assert calls.calls == []
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_refuses_devices_without_flash_attention(option: str) -> None:
     with flash_on_cpu(version=None), pytest.raises(RuntimeError, match="no FlashAttention for head_size 16"):
-        OPTIONS[option]({LayerShape(8, 2, 16)}, triangle=Triangle(), dtype_size=4, block_size=16, device=CPU)
+        OPTIONS[option](SMALL)
 
 
 def test_pages_refuse_another_page_size() -> None:
     plan = Plan(triangle=[Span(0, 0, 3, 0)])
     with flash_on_cpu():
-        prefill = FlashPagesPrefill(
-            {LayerShape(8, 2, 16)}, triangle=Triangle(), dtype_size=4, block_size=16, device=CPU
-        )
+        prefill = FlashPagesPrefill(SMALL)
         table = torch.zeros(1, 4, dtype=torch.int32)
         step = prefill.bind(plan, upload(prefill.arrays(plan), CPU), table)
         cache, q = torch.zeros(5, 2, 32, 16), torch.zeros(3, 8, 16)
         with pytest.raises(ValueError, match="k_cache has pages of 32 tokens; planned for 16"):
-            prefill.run(step, q, cache, cache, scale=1.0, soft_cap=0.0, scales=Scales(), out=q)
+            prefill.run(step, LayerCall(q, cache, cache, q, 1.0))
 
 
 @pytest.mark.parametrize("block_size", [16, 64, 128])

@@ -9,18 +9,18 @@ from tests.kernels.triton_interpreter import interpreter_pool
 
 def run_idle() -> tuple[bool, bool, int]:
     """One idle step: whether the output stayed as it was, whether it merges, and how many variants it found."""
-    from vllm_trimix.backend.prefill import LayerShape, Scales, TritonPrefill
+    from vllm_trimix.backend.triangle.prefill import LayerGroup, LayerShape
+    from vllm_trimix.backend.triangle.triton_prefill import TritonPrefill
+    from vllm_trimix.kernels.layer_call import LayerCall
     from vllm_trimix.patterns.triangle import Triangle
 
-    prefill = TritonPrefill(
-        {LayerShape(8, 2, 64)}, triangle=Triangle(), dtype_size=2, block_size=16, device=torch.device("cpu")
-    )
+    prefill = TritonPrefill(LayerGroup(frozenset({LayerShape(8, 2, 64)}), Triangle(), 2, 16, torch.device("cpu")))
     kv_cache = torch.zeros(2, 2, 16, 128, dtype=torch.float16)
     k_cache, v_cache = kv_cache.split(64, dim=-1)
     q, out = (torch.full((3, 8, 64), float("nan"), dtype=torch.float16) for _ in range(2))
     step = prefill.idle(torch.zeros(1, 1, dtype=torch.int32))
     for _ in range(2):
-        prefill.run(step, q, k_cache, v_cache, scale=0.125, soft_cap=0.0, scales=Scales(), out=out)
+        prefill.run(step, LayerCall(q, k_cache, v_cache, out, 0.125))
     return bool(out.isnan().all()), step.merges is not None, len(prefill._variants)
 
 

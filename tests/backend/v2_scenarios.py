@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.backend.v2_engine import Engine
 from tests.backend.v2_runner import DYNAMIC_LAYERS, MAX_REQUESTS, PATTERN
-from vllm_trimix.backend.prefill import TritonPrefill
+from vllm_trimix.backend.triangle.triton_prefill import TritonPrefill
 
 Make = Callable[..., Engine]
 Notes = dict[str, Any]

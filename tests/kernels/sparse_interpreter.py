@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from tests.kernels.answer import Answer, Part
-from tests.kernels.triton_interpreter import on_device, read_pages, strided
-from vllm_trimix.kernels.sparse_index import SparseIndex, build_index
+from tests.kernels.triton_interpreter import layer_call, on_device, read_pages, strided
+from vllm_trimix.kernels.sparse_index import Place, SparseIndex, build_index, idle_index
 from vllm_trimix.patterns.selection import EVERYTHING, Selection, Tiles
 
 # Rows, and heads of each side of the slab, of other work: finite queries whose outputs must stay NaN.
@@ -119,9 +119,7 @@ class Launch:
 
     def run(self) -> None:
         """Launches; ``outputs`` waits for it."""
-        from vllm_trimix.kernels import triton_sparse
-
-        triton_sparse.sparse_prefill(**self.arguments)
+        _call(self.arguments)
 
     def outputs(self) -> list[torch.Tensor]:
         """Copies of all that was written."""
@@ -140,6 +138,15 @@ class Launch:
         return [_attention(self.case, there, torch.float64).cpu()]
 
 
+def _call(arguments: dict[str, Any], **kwargs: Any) -> Any:
+    # Of the process that interprets, or compiles.
+    from vllm_trimix.kernels.triton_sparse import sparse_prefill
+
+    call, others = layer_call(arguments)
+    place = Place(*(others.pop(name) for name in Place._fields))
+    return sparse_prefill(call, place=place, **others, **kwargs)
+
+
 def run_case(case: SparseCase, device: str = "cpu") -> None:
     """Runs the kernel on a case and asserts the result; on ``cpu`` call it in the pool."""
     launch = Launch(case, device)
@@ -149,26 +156,22 @@ def run_case(case: SparseCase, device: str = "cpu") -> None:
 
 def run_idle(case: SparseCase) -> None:
     """Runs a launch without rows, of which nothing may be written, and one with rows by the variant it found."""
-    from vllm_trimix.kernels.triton_sparse import idle_index, sparse_prefill
-
     problem = _build(case)
     arguments = problem.arguments
     index = idle_index(case.block_size, torch.device("cpu"), has_columns=case.num_columns > 0, has_band=bool(case.band))
     idle_read = torch.full((1, 1), -1, dtype=torch.int32)
-    variant = sparse_prefill(**(arguments | {"index": index, "keys_read": idle_read, "first_head": 0, "first_row": 0}))
+    variant = _call(arguments | {"index": index, "keys_read": idle_read, "first_head": 0, "first_row": 0})
     assert arguments["out"].isnan().all()
     assert idle_read.item() == -1
-    assert sparse_prefill(**arguments, variant=variant) is variant
+    assert _call(arguments, variant=variant) is variant
     _judge(case, problem, arguments["out"]).check()
 
 
 def error_of(case: SparseCase, overrides: dict[str, Any], index: dict[str, Any]) -> str:
     """Message of the ValueError that the call raises with some arguments, or parts of the index, replaced; else ""."""
-    from vllm_trimix.kernels.triton_sparse import sparse_prefill
-
     arguments = _build(case).arguments
     try:
-        sparse_prefill(**(arguments | {"index": arguments["index"]._replace(**index)} | overrides))
+        _call(arguments | {"index": arguments["index"]._replace(**index)} | overrides)
     except ValueError as error:
         return str(error)
     return ""
@@ -203,7 +206,7 @@ def specialisations(cases: list[SparseCase]) -> list[str]:
 
     with mock.patch.object(triton_sparse, "sparse_prefill_kernel", Recorder()):
         for case in cases:
-            triton_sparse.sparse_prefill(**_build(case).arguments)
+            _call(_build(case).arguments)
     return found
 
 

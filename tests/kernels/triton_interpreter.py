@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from tests.kernels.answer import Answer, Part
+from vllm_trimix.kernels.layer_call import LayerCall, Scales
 from vllm_trimix.kernels.reference import gather_pages
 from vllm_trimix.plan import Span
 
@@ -124,9 +125,7 @@ class Launch:
 
     def run(self) -> None:
         """Launches; ``outputs`` waits for it."""
-        from vllm_trimix.kernels import triton_triangle
-
-        triton_triangle.triangle_prefill(**self.arguments)
+        _call(self.arguments)
 
     def outputs(self) -> list[torch.Tensor]:
         """Copies of all that was written."""
@@ -167,6 +166,22 @@ class Launch:
         return [_attention(self.case, there, index, torch.float64).cpu() for index in range(len(keys))]
 
 
+def layer_call(arguments: dict[str, Any]) -> tuple[LayerCall, dict[str, Any]]:
+    """A kernel's arguments by name: those that are a layer's, and the others."""
+    left = dict(arguments)
+    scales = Scales(*(left.pop(name) for name in ("q_scale", "k_scale", "v_scale")))
+    names = ("q", "k_cache", "v_cache", "out", "scale", "soft_cap")
+    return LayerCall(**{name: left.pop(name) for name in names}, scales=scales), left
+
+
+def _call(arguments: dict[str, Any]) -> None:
+    # Of the process that interprets, or compiles.
+    from vllm_trimix.kernels.triton_triangle import triangle_prefill
+
+    call, others = layer_call(arguments)
+    triangle_prefill(call, **others)
+
+
 def run_case(case: Case, device: str = "cpu") -> int:
     """Runs the kernel on a case and asserts the result; on ``cpu`` call it in the pool.
 
@@ -195,10 +210,8 @@ def read_pages(cache: torch.Tensor, pages: torch.Tensor, num_keys: int) -> torch
 
 def error_of(case: Case, overrides: dict) -> str:
     """Message of the ValueError that the call raises with some arguments replaced; "" if it raises none."""
-    from vllm_trimix.kernels.triton_triangle import triangle_prefill
-
     try:
-        triangle_prefill(**(_build(case).arguments | overrides))
+        _call(_build(case).arguments | overrides)
     except ValueError as error:
         return str(error)
     return ""

@@ -15,7 +15,8 @@ from triton.runtime.jit import JITFunction
 from tests.launches.findings import judge
 from tests.launches.recorder import recording
 from tests.launches.situations import META, TOKENS, Layer, Rows, Situation
-from vllm_trimix.backend import dynamic, prefill
+from vllm_trimix.backend.key_counter import KeyCounter
+from vllm_trimix.backend.triangle.triton_prefill import TritonPrefill
 from vllm_trimix.kernels import triton_sparse, work_items
 
 
@@ -81,8 +82,8 @@ def _length(tokens: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _warm_up_without_merge() -> Iterator[None]:
-    plain = prefill.TritonPrefill.idle
-    with mock.patch.object(prefill.TritonPrefill, "idle", lambda *args: plain(*args)._replace(merges=None)):
+    plain = TritonPrefill.idle
+    with mock.patch.object(TritonPrefill, "idle", lambda *args: plain(*args)._replace(merges=None)):
         yield
 
 
@@ -127,13 +128,13 @@ def _enter_stream() -> None:
 @contextlib.contextmanager
 def _two_launches() -> Iterator[None]:
     """Half the items in each of two launches, the second of which has the first one's items too."""
-    plain = prefill.TritonPrefill.run
+    plain = TritonPrefill.run
 
     def run(self: Any, step: Any, *args: Any, **kwargs: Any) -> None:
         plain(self, step._replace(merges=None), *args, **kwargs)
         plain(self, step, *args, **kwargs)
 
-    with mock.patch.object(prefill.TritonPrefill, "run", run):
+    with mock.patch.object(TritonPrefill, "run", run):
         yield
 
 
@@ -146,13 +147,13 @@ def _narrow_table() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _read_by_the_host() -> Iterator[None]:
-    plain = dynamic.KeyCounter.add
+    plain = KeyCounter.add
 
     def add(self: Any, keys_read: torch.Tensor, index: Any) -> None:
         plain(self, keys_read, index)
         self.causal += int(self.read)
 
-    with mock.patch.object(dynamic.KeyCounter, "add", add):
+    with mock.patch.object(KeyCounter, "add", add):
         yield
 
 
@@ -167,8 +168,8 @@ DEFECTS: dict[str, tuple[Situation, Callable[[], Any], str]] = {
     "table": (_STEP, _narrow_table, "keys that no page holds"),
     "warm-up": (_STEP, _warm_up_without_merge, "merge_partials_kernel: compiled while serving"),
     "key": (replace(_SPARSE, step="mixed128"), _position_in_the_key, "sparse_prefill_kernel: compiled while serving"),
-    "copy": (_STEP, lambda: _around_each_layer(_copy, prefill.TritonPrefill, "run"), "copies from the host"),
-    "stream": (_STEP, lambda: _around_each_layer(_enter_stream, prefill.TritonPrefill, "run"), "streams"),
+    "copy": (_STEP, lambda: _around_each_layer(_copy, TritonPrefill, "run"), "copies from the host"),
+    "stream": (_STEP, lambda: _around_each_layer(_enter_stream, TritonPrefill, "run"), "streams"),
     "launches": (_STEP, _two_launches, "a layer launches"),
     "host": (_SPARSE, _read_by_the_host, "cannot be called on meta tensors"),
 }

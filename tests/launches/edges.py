@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 
+from vllm_trimix.kernels.layer_call import LayerCall
 from vllm_trimix.plan import Span
 
 _HEAD_SIZE, _PAGE, _GROUP = 32, 784, 2
@@ -81,15 +82,11 @@ def triangle(tokens: int, *, last: int = 4) -> list[tuple[str, int]]:
     items = torch.from_numpy(work.items)
     with _edges() as launched:
         triton_triangle.triangle_prefill(
-            q,
-            k,
-            v,
+            LayerCall(q, k, v, torch.empty_like(q), 1.0),
             table,
             items,
             n_init=8,
             n_local=512,
-            scale=1.0,
-            out=torch.empty_like(q),
             tile_rows=tile_rows,
             merges=torch.from_numpy(work.merges) if last else None,
             partials=partials,
@@ -100,7 +97,7 @@ def triangle(tokens: int, *, last: int = 4) -> list[tuple[str, int]]:
 def sparse(tokens: int) -> list[tuple[str, int]]:
     """The last 200 rows of a prompt, by blocks from its start, its middle and its end, columns, and a band."""
     from vllm_trimix.kernels import triton_sparse
-    from vllm_trimix.kernels.sparse_index import SparseIndex
+    from vllm_trimix.kernels.sparse_index import Place, SparseIndex
     from vllm_trimix.patterns.selection import EVERYTHING, Tiles
 
     rows = 200
@@ -118,16 +115,10 @@ def sparse(tokens: int) -> list[tuple[str, int]]:
     )
     with _edges() as launched:
         triton_sparse.sparse_prefill(
-            q,
-            k,
-            v,
+            LayerCall(q, k, v, torch.empty_like(q), 1.0),
             table,
             index,
-            request=0,
-            first_row=0,
-            first_head=0,
-            scale=1.0,
-            out=torch.empty_like(q),
+            Place(0, 0, 0),
             keys_read=torch.empty_like(index.block_count),
         )
     return launched

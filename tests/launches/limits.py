@@ -91,7 +91,7 @@ def _of_items(launch: Launch, items: np.ndarray) -> Iterator[str]:
         f"rows outside {queries.shape[0]}": (first < 0) | (first + rows > queries.shape[0]),
         f"more rows than a tile of {constants['BLOCK_M']}": rows * constants["GROUP"] > constants["BLOCK_M"],
         "positions past 32 bits": np.maximum(end, position + rows) + 2 * _WIDEST_STEP > INT32_MAX,
-        "keys that no page holds": end > table.shape[1] * constants["BLOCK_SIZE"],
+        "keys that no page holds": end > table.shape[1] * constants["PAGE_SIZE"],
         "no keys": (begin < 0) | ((begin >= end) & (sinks <= 0) & (rows > 0)),
         "keys after the rows": end > position + rows,
         f"slots outside {partials}": slot >= partials,

@@ -24,8 +24,9 @@ from triton.compiler import compile as compile_source
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from tests.launches.launch import Launch, argument_of
-from vllm_trimix.backend import builder, prefill
-from vllm_trimix.kernels import triton_configs, triton_estimate, triton_sparse, triton_triangle
+from vllm_trimix.backend import builder
+from vllm_trimix.backend.triangle import triton_prefill
+from vllm_trimix.kernels import triton_launch
 
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
 """Of the largest GPU of each compute capability: A100, A40, L40S, H200, B200, RTX PRO 6000."""
@@ -76,10 +77,10 @@ def recording(capability: int) -> Iterator[Recording]:
 
     _upload = builder.upload
     with contextlib.ExitStack() as stack:
-        for module in (triton_configs, triton_triangle, triton_sparse, triton_estimate):
+        for module in (triton_launch, triton_prefill):
             stack.enter_context(mock.patch.object(module, "capability_of", return_value=capability))
         count = MULTIPROCESSORS[capability]
-        stack.enter_context(mock.patch.object(prefill, "_multiprocessors", return_value=count))
+        stack.enter_context(mock.patch.object(triton_prefill, "_multiprocessors", return_value=count))
         stack.enter_context(mock.patch.object(builder, "upload", upload))
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
         stack.enter_context(mock.patch.object(torch.cuda, "stream", stream))

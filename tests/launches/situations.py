@@ -161,20 +161,19 @@ class Layer:
 
     def __init__(self, situation: Situation) -> None:
         """Makes what lives as long as an engine; call it while launches are recorded."""
-        from vllm_trimix.backend.dynamic import KeyCounter, LayerPatterns
-        from vllm_trimix.backend.prefill import LayerShape, TritonPrefill
+        from vllm_trimix.backend.key_counter import KeyCounter
+        from vllm_trimix.backend.layer_patterns import LayerPatterns
+        from vllm_trimix.backend.triangle.prefill import LayerGroup, LayerShape
+        from vllm_trimix.backend.triangle.triton_prefill import TritonPrefill
         from vllm_trimix.patterns.triangle import Triangle
 
         self.situation = situation
         self.num_heads, self.num_kv_heads = situation.local_heads
         self.dtype = _DTYPES[situation.dtype]
         self.triangle = Triangle()
+        shape = LayerShape(self.num_heads, self.num_kv_heads, situation.head_size)
         self.prefill = TritonPrefill(
-            {LayerShape(self.num_heads, self.num_kv_heads, situation.head_size)},
-            triangle=self.triangle,
-            dtype_size=self.dtype.itemsize,
-            block_size=situation.page,
-            device=META,
+            LayerGroup(frozenset({shape}), self.triangle, self.dtype.itemsize, situation.page, META)
         )
         self.builder = _builder(self.prefill)
         self.impl = _impl(situation, self.triangle)

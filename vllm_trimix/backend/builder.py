@@ -13,8 +13,9 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuild
 
 from vllm_trimix.backend import announce, requests, settings
 from vllm_trimix.backend.dynamic import KeyCounter, LayerPatterns
-from vllm_trimix.backend.prefill import TrianglePrefill, TritonPrefill
 from vllm_trimix.backend.pseudo_requests import PseudoRequests, pseudo_requests
+from vllm_trimix.backend.triangle.prefill import LayerGroup, TrianglePrefill
+from vllm_trimix.backend.triangle.triton_prefill import TritonPrefill
 from vllm_trimix.backend.upload import upload
 from vllm_trimix.plan import DECODE, DynamicPlan, DynamicSpan, Plan, Span, build_dynamic_plan, build_plan
 
@@ -105,13 +106,14 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
     def _make_prefill(self, device: torch.device) -> TrianglePrefill | None:
         if self.trimix_kernel == "torch_cpu" or not self._active:
             return None
-        return TritonPrefill(
-            {impl.trimix_shape() for impl in self._active},
+        group = LayerGroup(
+            frozenset(impl.trimix_shape() for impl in self._active),
             triangle=self.resolved.triangle,
             dtype_size=self.vllm_config.model_config.dtype.itemsize,
             block_size=self.kv_cache_spec.block_size,
             device=device,
         )
+        return TritonPrefill(group)
 
     def _bind_layers(self, layer_names: list[str]) -> list[Any]:
         """Tells each layer's implementation its global index; returns those that are ours."""

@@ -11,8 +11,11 @@ from vllm.v1.attention.backend import AttentionImpl
 from vllm_trimix.backend import dynamic, settings
 from vllm_trimix.backend.builder import DynamicStep, StepPlan
 from vllm_trimix.backend.cpu_pages import probe_layouts
-from vllm_trimix.backend.prefill import LayerShape, Scales
+from vllm_trimix.backend.cuda_pages import CudaPages
+from vllm_trimix.backend.pages import Pages
+from vllm_trimix.backend.triangle.prefill import LayerShape
 from vllm_trimix.kernels import torch_cpu
+from vllm_trimix.kernels.layer_call import LayerCall, Scales
 
 # Attention passes these by position, in this order, to every implementation.
 _ARGUMENTS = (
@@ -181,7 +184,7 @@ class TrimixImpl(AttentionImpl[Any]):
         self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, step: DynamicStep, output: torch.Tensor
     ) -> None:
         assert self.trimix_dynamic is not None
-        pages: dynamic.Pages
+        pages: Pages
         if self.trimix_kernel == "torch_cpu":
             k_pages, v_pages, layouts = self._cpu_pages(layer, kv_cache)
             pages = dynamic.CpuPages(k_pages, v_pages, step.block_table, layouts, kv_cache.shape[2], self.scale)
@@ -215,8 +218,7 @@ class TrimixImpl(AttentionImpl[Any]):
     def _run_triton(
         self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, prefill: Any, step: Any, output: torch.Tensor
     ) -> None:
-        k_cache, v_cache, scales = self._cuda_cache(layer, query, kv_cache)
-        prefill.run(step, query, k_cache, v_cache, scale=self.scale, soft_cap=self._soft_cap, scales=scales, out=output)
+        prefill.run(step, self._layer_call(layer, query, kv_cache, output))
 
     def _cuda_pages(
         self,
@@ -225,26 +227,14 @@ class TrimixImpl(AttentionImpl[Any]):
         kv_cache: torch.Tensor,
         block_table: torch.Tensor,
         output: torch.Tensor,
-    ) -> dynamic.CudaPages:
+    ) -> CudaPages:
         """The layer's cache as its dynamic patterns read it."""
         assert self.trimix_dynamic is not None
-        k_cache, v_cache, scales = self._cuda_cache(layer, query, kv_cache)
-        return dynamic.CudaPages(
-            k_cache,
-            v_cache,
-            block_table,
-            self.scale,
-            self._soft_cap,
-            scales,
-            output.dtype,
-            self.num_heads // self.num_kv_heads,
-            self.trimix_dynamic.variants,
-        )
+        call = self._layer_call(layer, query, kv_cache, output)
+        return CudaPages(call, block_table, self.num_heads // self.num_kv_heads, self.trimix_dynamic.variants)
 
-    def _cuda_cache(
-        self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, Scales]:
-        """K and V, [num_blocks, num_kv_heads, block_size, head_size], and the scales of what is fp8."""
+    def _layer_call(self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, output: torch.Tensor) -> LayerCall:
+        """The layer's tensors as our CUDA kernels take them: K and V apart, and the scales of what is fp8."""
         fp8 = _FP8_VIEWS.get(self._kv_cache_dtype)
         scales = Scales()
         if fp8 is not None:
@@ -252,7 +242,7 @@ class TrimixImpl(AttentionImpl[Any]):
                 kv_cache = kv_cache.view(fp8)
             scales = Scales(layer._q_scale if query.dtype == fp8 else None, layer._k_scale, layer._v_scale)
         k_cache, v_cache = kv_cache.split(self.head_size, dim=-1)
-        return k_cache, v_cache, scales
+        return LayerCall(query, k_cache, v_cache, output, self.scale, self._soft_cap, scales)
 
 
 def _dense_reason(given: dict[str, Any], kernel: str) -> str | None:

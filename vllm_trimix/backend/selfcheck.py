@@ -9,10 +9,16 @@ import torch
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from vllm_trimix.backend import settings
+from vllm_trimix.backend.cpu_pages import probe_layouts
 from vllm_trimix.backend.names import ENTRY, NAME
 from vllm_trimix.backend.registration import register_trimix
+from vllm_trimix.backend.triangle.prefill import LayerGroup, LayerShape
+from vllm_trimix.backend.triangle.triton_prefill import TritonPrefill
 from vllm_trimix.config.entry import Resolved
+from vllm_trimix.kernels.layer_call import LayerCall
 from vllm_trimix.kernels.reference import gather_pages, masked_attention
+from vllm_trimix.kernels.torch_cpu import triangle_prefill
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.plan import Plan, Span
 
@@ -73,11 +79,9 @@ def _run_cpu(
     out: torch.Tensor,
 ) -> None:
     """Through vLLM's own cache op, so that the page layout is checked too."""
+    # Only vLLM's CPU build has these operators.
     from vllm import _custom_ops as ops
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
-
-    from vllm_trimix.backend.cpu_pages import probe_layouts
-    from vllm_trimix.kernels.torch_cpu import triangle_prefill
 
     if torch.cpu._is_amx_tile_supported():
         # vLLM's AMX ops need tile permission, which only its workers ask for.
@@ -118,16 +122,11 @@ def _run_triton(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    from vllm_trimix.backend.prefill import LayerShape, Scales, TritonPrefill
-
     shape = LayerShape(q.shape[1], k.shape[1], q.shape[2])
-    prefill = TritonPrefill(
-        {shape}, triangle=pattern, dtype_size=q.element_size(), block_size=k.shape[2], device=q.device
-    )
+    prefill = TritonPrefill(LayerGroup(frozenset({shape}), pattern, q.element_size(), k.shape[2], q.device))
     plan = Plan(triangle=spans)
     arrays = [torch.from_numpy(array).to(q.device) for array in prefill.arrays(plan)]
-    step = prefill.bind(plan, arrays, block_table)
-    prefill.run(step, q, k, v, scale=scale, soft_cap=0.0, scales=Scales(), out=out)
+    prefill.run(prefill.bind(plan, arrays, block_table), LayerCall(q, k, v, out, scale))
 
 
 def resolved_for(model: str, raw: Any) -> tuple[Resolved, str]:
@@ -136,9 +135,8 @@ def resolved_for(model: str, raw: Any) -> tuple[Resolved, str]:
     Raises:
         ValueError: As at server start.
     """
+    # Heavy: the whole engine.
     from vllm.engine.arg_utils import EngineArgs
-
-    from vllm_trimix.backend import settings
 
     entry = {} if raw is None else {ENTRY: raw}
     args = EngineArgs(model=model, attention_backend=NAME, additional_config=entry, enforce_eager=True)

@@ -39,6 +39,20 @@ class SparseIndex(NamedTuple):
         return (keys if self.column_count is None else keys + self.column_count).int()
 
 
+class Place(NamedTuple):
+    """Where an index's rows and heads lie in the step.
+
+    Attributes:
+        request: Row of the block table.
+        first_row: First row in the batch.
+        first_head: First query head, on this device.
+    """
+
+    request: int
+    first_row: int
+    first_head: int
+
+
 def build_index(selection: Selection) -> SparseIndex:
     """Lists a selection's blocks and, of its columns, for each tile those before it that no block holds."""
     tiles, blocks, columns = selection.tiles, selection.blocks, selection.columns
@@ -53,6 +67,26 @@ def build_index(selection: Selection) -> SparseIndex:
     keep = before & ~blocks.gather(2, wide)
     column_count, column_index = _compact(keep, columns.int()[:, None].expand_as(keep))
     return SparseIndex(tiles, block_count, block_index, column_count, column_index, selection.band)
+
+
+def idle_index(block_size: int, device: torch.device, *, has_columns: bool, has_band: bool) -> SparseIndex:
+    """An index of one head without rows: a launch that compiles what serving will launch, and writes nothing.
+
+    Args:
+        block_size: Rows of a tile of the indices to come.
+        device: Where they will be.
+        has_columns: Whether they will list columns.
+        has_band: Whether they will have a band.
+    """
+    zeros = torch.zeros(1, 1, 2, dtype=torch.int32, device=device)
+    return SparseIndex(
+        tiles=Tiles(block_size, 0, 0),
+        block_count=zeros[..., 0],
+        block_index=zeros,
+        column_count=zeros[..., 0] if has_columns else None,
+        column_index=zeros if has_columns else None,
+        band=zeros[0] if has_band else None,
+    )
 
 
 def _compact(keep: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

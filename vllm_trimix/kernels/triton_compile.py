@@ -27,8 +27,9 @@ from vllm_trimix.kernels.triton_configs import (
     tile_rows_for,
 )
 from vllm_trimix.kernels.triton_estimate import estimate_constants, estimate_kernel
+from vllm_trimix.kernels.triton_launch import TensorKinds
 from vllm_trimix.kernels.triton_sparse import sparse_constants, sparse_prefill_kernel
-from vllm_trimix.kernels.triton_triangle import kernel_constants, triangle_prefill_kernel
+from vllm_trimix.kernels.triton_triangle import triangle_constants, triangle_prefill_kernel
 
 _TYPES = {
     torch.bfloat16: "bf16",
@@ -222,20 +223,12 @@ def _sparse_block(variant: Variant) -> int:
 
 
 def _compile_prefill(variant: Variant) -> triton.compiler.CompiledKernel:
-    q_dtype, cache_dtype = _torch_dtype(variant.q_dtype), _torch_dtype(variant.cache_dtype)
-    scales = _scales(variant)
-    constants = kernel_constants(
+    q_size = _torch_dtype(variant.q_dtype).itemsize
+    constants = triangle_constants(
         _config(variant),
-        q_dtype=q_dtype,
-        cache_dtype=cache_dtype,
-        num_heads=_NUM_KV_HEADS * variant.group,
-        num_kv_heads=_NUM_KV_HEADS,
-        head_size=variant.head_size,
-        block_size=variant.block_size,
-        cache_stride=_cache_stride(variant),
-        tile_rows=tile_rows_for(variant.group, 1, variant.head_size, q_dtype.itemsize, variant.capability),
+        _kinds(variant),
+        tile_rows=tile_rows_for(variant.group, 1, variant.head_size, q_size, variant.capability),
         n_init=variant.n_init,
-        **{f"has_{name}": present for name, present in scales.items()},
     )
     types = _attention_types(variant) | {
         "partial_ptr": "*fp32",
@@ -243,26 +236,18 @@ def _compile_prefill(variant: Variant) -> triton.compiler.CompiledKernel:
         "block_table_ptr": "*i32",
         "items_ptr": "*i32",
     }
-    constants |= {f"{name}_ptr": None for name, present in scales.items() if not present}
+    constants |= {f"{name}_ptr": None for name, present in _scales(variant).items() if not present}
     return _compile(triangle_prefill_kernel, types, constants, variant.capability, _options(_config(variant)))
 
 
 def _compile_sparse(variant: Variant) -> triton.compiler.CompiledKernel:
-    scales = _scales(variant)
     has_columns, has_band = "columns" in variant.sparse, "band" in variant.sparse
     constants = sparse_constants(
         _config(variant),
-        q_dtype=_torch_dtype(variant.q_dtype),
-        cache_dtype=_torch_dtype(variant.cache_dtype),
-        group=variant.group,
-        head_size=variant.head_size,
-        page_size=variant.block_size,
-        cache_stride=_cache_stride(variant),
+        replace(_kinds(variant), has_soft_cap="soft_cap" in variant.sparse),
         block_size=_sparse_block(variant),
         has_columns=has_columns,
         has_band=has_band,
-        has_soft_cap="soft_cap" in variant.sparse,
-        **{f"has_{name}": present for name, present in scales.items()},
     )
     tables = {
         "block_table": True,
@@ -274,26 +259,31 @@ def _compile_sparse(variant: Variant) -> triton.compiler.CompiledKernel:
         "keys_read": True,
     }
     types = _attention_types(variant) | {f"{name}_ptr": "*i32" for name in tables}
-    constants |= {f"{name}_ptr": None for name, present in (tables | scales).items() if not present}
+    constants |= {f"{name}_ptr": None for name, present in (tables | _scales(variant)).items() if not present}
     return _compile(sparse_prefill_kernel, types, constants, variant.capability, _options(_config(variant)))
 
 
 def _compile_estimate(variant: Variant) -> triton.compiler.CompiledKernel:
     scales = {name: present for name, present in _scales(variant).items() if name != "v_scale"}
-    constants = estimate_constants(
-        _config(variant),
-        q_dtype=_torch_dtype(variant.q_dtype),
-        cache_dtype=_torch_dtype(variant.cache_dtype),
-        head_size=variant.head_size,
-        page_size=variant.block_size,
-        cache_stride=_cache_stride(variant),
-        **{f"has_{name}": present for name, present in scales.items()},
-    )
+    constants = estimate_constants(_config(variant), _kinds(variant))
     constants |= {f"{name}_ptr": None for name, present in scales.items() if not present}
     constants["IS_STATS"] = variant.kernel == "estimate-stats"
     sums = dict.fromkeys(("max_ptr", "sum_ptr", "columns_ptr", "slashes_ptr"), "*fp32")
     types = _attention_types(variant) | {"block_table_ptr": "*i32"} | sums
     return _compile(estimate_kernel, types, constants, variant.capability, _options(_config(variant)))
+
+
+def _kinds(variant: Variant) -> TensorKinds:
+    return TensorKinds(
+        q_dtype=_torch_dtype(variant.q_dtype),
+        cache_dtype=_torch_dtype(variant.cache_dtype),
+        num_heads=_NUM_KV_HEADS * variant.group,
+        num_kv_heads=_NUM_KV_HEADS,
+        head_size=variant.head_size,
+        page_size=variant.block_size,
+        cache_stride=_cache_stride(variant),
+        **{f"has_{name}": present for name, present in _scales(variant).items()},
+    )
 
 
 def _scales(variant: Variant) -> dict[str, bool]:

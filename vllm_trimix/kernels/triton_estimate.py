@@ -13,20 +13,20 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_trimix.kernels.triton_attention import (
+from vllm_trimix.kernels.triton_attention import key_rows, load_rows, mask_of, scores_of
+from vllm_trimix.kernels.triton_configs import TileConfig, estimate_config_for, padded_tile
+from vllm_trimix.kernels.triton_launch import (
     QUERY_DTYPES,
+    LaunchVariant,
+    TensorKinds,
+    cache_constants,
+    capability_for,
     check_devices,
-    check_fp8,
     check_keys,
     check_logits,
     check_scales,
     check_table,
-    key_rows,
-    load_rows,
-    matrix_dtypes,
-    scores_of,
 )
-from vllm_trimix.kernels.triton_configs import TileConfig, capability_of, estimate_config_for, padded_tile
 
 MAX_ROWS = 128
 # Keys that a program walks: enough programs for the device at every length worth estimating.
@@ -132,9 +132,7 @@ def estimate_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     row = row_group * BLOCK_N + offs_r
     is_row = row < num_rows
-    row_mask = is_row[:, None]
-    if HEAD_SIZE != BLOCK_D:
-        row_mask = row_mask & (offs_d < HEAD_SIZE)[None, :]
+    row_mask = mask_of(is_row, offs_d, HEAD_SIZE, BLOCK_D)
     q_rows = slab_head * stride_q_head + row.to(tl.int64) * stride_q_row
     q = tl.load(q_ptr + q_rows[:, None] + offs_d[None, :], mask=row_mask, other=0.0).to(SCORE_DTYPE)
     first_position = num_keys - num_rows + row_group * BLOCK_N
@@ -231,24 +229,25 @@ def column_and_slash_sums(
     num_heads, num_rows, head_size = _check(q_last, k_cache, block_table, request, num_keys, (first_head, group))
     check_logits(scale=scale, soft_cap=0.0)
     check_scales(q_last.device, q_scale=q_scale, k_scale=k_scale)
-    capability = capability_of(q_last.device)
-    check_fp8(q_last.dtype, k_cache.dtype, capability)
+    capability_for(q_last.dtype, k_cache.dtype, q_last.device)
     config = estimate_config_for(head_size, q_last.element_size())
     num_groups = -(-num_rows // config.block_m)
     num_parts = -(-num_keys // _PART_KEYS)
     stats = q_last.new_empty(2, num_heads, num_parts, num_groups * config.block_m, dtype=torch.float32)
     # Zeros: a group's rows reach only a part of the distances.
     columns, slashes = q_last.new_zeros(2, num_heads, num_groups, num_keys, dtype=torch.float32)
-    constants = estimate_constants(
-        config,
+    kinds = TensorKinds(
         q_dtype=q_last.dtype,
         cache_dtype=k_cache.dtype,
+        num_heads=group * k_cache.shape[1],
+        num_kv_heads=k_cache.shape[1],
         head_size=head_size,
         page_size=k_cache.shape[2],
         cache_stride=k_cache.stride()[:3],
         has_q_scale=q_scale is not None,
         has_k_scale=k_scale is not None,
     )
+    variant = LaunchVariant.of(config, estimate_constants(config, kinds))
 
     def launch(maxima: torch.Tensor, sums: torch.Tensor, *, is_stats: bool) -> None:
         estimate_kernel[(num_heads * num_groups * num_parts,)](
@@ -276,11 +275,9 @@ def column_and_slash_sums(
             maxima.stride(1),
             columns.stride(0),
             columns.stride(1),
-            **constants,
+            **variant.constants,
             IS_STATS=is_stats,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,
+            **variant.options,
         )
 
     maxima, sums = stats
@@ -299,30 +296,13 @@ def pool(sums: torch.Tensor, block_size: int) -> torch.Tensor:
     return padded.view(num_heads, -1, block_size).sum(-1)
 
 
-def estimate_constants(
-    config: TileConfig,
-    *,
-    q_dtype: torch.dtype,
-    cache_dtype: torch.dtype,
-    head_size: int,
-    page_size: int,
-    cache_stride: tuple[int, ...],
-    has_q_scale: bool = False,
-    has_k_scale: bool = False,
-) -> dict[str, object]:
-    """Compile-time arguments of the kernel but IS_STATS; as ``triton_sparse.sparse_constants``."""
+def estimate_constants(config: TileConfig, kinds: TensorKinds) -> dict[str, object]:
+    """Compile-time arguments of the kernel but IS_STATS; it reads no values and knows no cap."""
     return {
-        "STRIDE_PAGE": cache_stride[0],
-        "STRIDE_HEAD": cache_stride[1],
-        "STRIDE_TOKEN": cache_stride[2],
-        "PAGE_SIZE": page_size,
-        "HEAD_SIZE": head_size,
+        **cache_constants(kinds),
         "BLOCK_N": config.block_n,
-        "BLOCK_D": padded_tile(1, 1, head_size)[1],
+        "BLOCK_D": padded_tile(1, 1, kinds.head_size)[1],
         "BLOCKS": _PART_KEYS // config.block_n,
-        "SCORE_DTYPE": matrix_dtypes(q_dtype, cache_dtype)["SCORE_DTYPE"],
-        "HAS_Q_SCALE": has_q_scale,
-        "HAS_K_SCALE": has_k_scale,
     }
 
 

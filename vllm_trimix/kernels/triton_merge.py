@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_trimix.kernels.triton_attention import after_all_keys, before_any_key, mask_of, store_rows
 from vllm_trimix.kernels.triton_configs import group_size, padded_tile
 
 # Rows of a tile that one program takes: many small programs, as there are few tiles.
@@ -41,12 +42,8 @@ def merge_partials_kernel(
     offs_r = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     offs_d = tl.arange(0, BLOCK_D)
     is_row = offs_r // GROUP < num_tokens
-    mask = is_row[:, None]
-    if HEAD_SIZE != BLOCK_D:
-        mask = mask & (offs_d < HEAD_SIZE)[None, :]
-    acc = tl.zeros([BLOCK_ROWS, BLOCK_D], dtype=tl.float32)
-    row_max = tl.full([BLOCK_ROWS], -3.4028234663852886e38, dtype=tl.float32)
-    row_sum = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
+    mask = mask_of(is_row, offs_d, HEAD_SIZE, BLOCK_D)
+    acc, row_max, row_sum = before_any_key(BLOCK_ROWS, BLOCK_D)
     for _ in tl.range(0, num_slots):
         stats_ptr = partial_stats_ptr + index * 2 * BLOCK_M + offs_r
         part_max = tl.load(stats_ptr, mask=is_row, other=-3.4028234663852886e38)
@@ -60,11 +57,9 @@ def merge_partials_kernel(
         row_max = new_max
         index += NUM_KV_HEADS
 
-    result = acc / row_sum[:, None]
-    if HAS_V_SCALE:
-        result *= tl.load(v_scale_ptr)
+    result = after_all_keys(acc, row_sum, v_scale_ptr, HAS_V_SCALE)
     out_rows = (first_token + offs_r // GROUP) * stride_out_token + (kv_head * GROUP + offs_r % GROUP) * stride_out_head
-    tl.store(out_ptr + out_rows[:, None] + offs_d[None, :], result.to(out_ptr.dtype.element_ty), mask=mask)
+    store_rows(out_ptr, out_rows, offs_d, mask, result)
 
 
 @dataclass(frozen=True)

@@ -8,33 +8,33 @@ costs one lookup of its page whether it is one of a block or alone, so that both
 What it reads is a ``SparseIndex`` (``sparse_index``); ``torch_sparse`` is the same in plain PyTorch.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
-from vllm_trimix.kernels.sparse_index import SparseIndex
+from vllm_trimix.kernels.layer_call import LayerCall
+from vllm_trimix.kernels.sparse_index import Place, SparseIndex
 from vllm_trimix.kernels.triton_attention import (
     accumulate,
+    after_all_keys,
+    before_any_key,
     cap_scores,
-    check_devices,
-    check_fp8,
-    check_logits,
-    check_queries_and_cache,
-    check_scales,
-    check_table,
     key_rows,
     load_rows,
-    matrix_dtypes,
+    logit_scales,
+    mask_of,
     scores_of,
+    store_rows,
 )
-from vllm_trimix.kernels.triton_configs import (
-    TileConfig,
-    capability_of,
-    group_size,
-    padded_tile,
-    sparse_config_for,
+from vllm_trimix.kernels.triton_configs import TileConfig, padded_tile, sparse_config_for
+from vllm_trimix.kernels.triton_launch import (
+    LaunchVariant,
+    TensorKinds,
+    attention_constants,
+    capability_for,
+    check_call,
+    check_devices,
+    check_table,
 )
 from vllm_trimix.patterns.selection import Tiles
 
@@ -155,7 +155,6 @@ def sparse_prefill_kernel(
     HAS_V_SCALE: tl.constexpr,
 ):
     """Program i: head ``i % num_heads`` of the slab; then go a tile's parts, and slowest the tiles, last first."""
-    LOG2E: tl.constexpr = 1.4426950408889634
     INT32_MAX: tl.constexpr = 2147483647
     PARTS: tl.constexpr = BLOCK_ROWS // BLOCK_M
     STEPS: tl.constexpr = BLOCK_ROWS // BLOCK_N
@@ -195,24 +194,15 @@ def sparse_prefill_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     offs_n = tl.arange(0, BLOCK_N)
     rows_position = part_start + tl.arange(0, BLOCK_M)
-    row_mask = ((rows_position >= begin) & (rows_position < end))[:, None]
-    if HEAD_SIZE != BLOCK_D:
-        row_mask = row_mask & (offs_d < HEAD_SIZE)[None, :]
+    row_mask = mask_of((rows_position >= begin) & (rows_position < end), offs_d, HEAD_SIZE, BLOCK_D)
     token = tl.cast(first_row, tl.int64) + (rows_position - position)
     q_rows = token * stride_q_token + head * stride_q_head
     q = tl.load(q_ptr + q_rows[:, None] + offs_d[None, :], mask=row_mask, other=0.0).to(SCORE_DTYPE)
 
-    logit_scale = scale
-    if HAS_Q_SCALE:
-        logit_scale *= tl.load(q_scale_ptr)
-    if HAS_K_SCALE:
-        logit_scale *= tl.load(k_scale_ptr)
-    exponent_scale = (soft_cap if HAS_SOFT_CAP else logit_scale) * LOG2E
-
-    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    # The lowest finite fp32, not -inf: a step that hides every key of a row must give exp2(-inf), never -inf + inf.
-    row_max = tl.full([BLOCK_M], -3.4028234663852886e38, dtype=tl.float32)
-    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    logit_scale, exponent_scale = logit_scales(
+        scale, soft_cap, q_scale_ptr, k_scale_ptr, HAS_SOFT_CAP, HAS_Q_SCALE, HAS_K_SCALE
+    )
+    acc, row_max, row_sum = before_any_key(BLOCK_M, BLOCK_D)
     keys_read = 0
 
     next_first, next_limit, keys = _step_keys(
@@ -254,125 +244,55 @@ def sparse_prefill_kernel(
             scores = tl.where(visible, scores, float("-inf"))
         acc, row_max, row_sum = accumulate(acc, row_max, row_sum, scores, v, exponent_scale, COMPUTE_DTYPE)
 
-    result = acc / row_sum[:, None]
-    if HAS_V_SCALE:
-        result *= tl.load(v_scale_ptr)
+    result = after_all_keys(acc, row_sum, v_scale_ptr, HAS_V_SCALE)
     out_rows = token * stride_out_token + head * stride_out_head
-    tl.store(out_ptr + out_rows[:, None] + offs_d[None, :], result.to(out_ptr.dtype.element_ty), mask=row_mask)
+    store_rows(out_ptr, out_rows, offs_d, row_mask, result)
     # Of a tile's parts the last one reads what all read.
     is_last = has_rows & (end == tl.minimum(tile_start + BLOCK_ROWS, end_position))
     tl.store(keys_read_ptr + wide_head * stride_read_head + tile, keys_read, mask=is_last)
 
 
-class SparseVariant(NamedTuple):
-    """What a call needs to know of the kinds of its tensors, found and checked once.
-
-    Attributes:
-        config: Launch shape.
-        constants: Compile-time arguments.
-    """
-
-    config: TileConfig
-    constants: dict[str, object]
-
-
 def sparse_constants(
-    config: TileConfig,
-    *,
-    q_dtype: torch.dtype,
-    cache_dtype: torch.dtype,
-    group: int,
-    head_size: int,
-    page_size: int,
-    cache_stride: tuple[int, ...],
-    block_size: int,
-    has_columns: bool,
-    has_band: bool,
-    has_soft_cap: bool = False,
-    has_q_scale: bool = False,
-    has_k_scale: bool = False,
-    has_v_scale: bool = False,
+    config: TileConfig, kinds: TensorKinds, *, block_size: int, has_columns: bool, has_band: bool
 ) -> dict[str, object]:
     """Compile-time arguments of the kernel: what a variant is keyed on. No length is among them.
 
     Args:
         config: Launch shape, of ``sparse_config_for``.
-        q_dtype: Dtype of the queries.
-        cache_dtype: Dtype of the cache.
-        group: Query heads of a KV head.
-        head_size: True head size.
-        page_size: Tokens of a page.
-        cache_stride: Strides of page, head and token in the cache, in elements.
+        kinds: Of the layer's tensors.
         block_size: Rows of a tile, and keys of a block, of the index.
         has_columns: Whether the index lists columns.
         has_band: Whether it has a band.
-        has_soft_cap: Whether logits are capped.
-        has_q_scale: Whether the queries have a dequantisation scale.
-        has_k_scale: Whether the keys have a dequantisation scale.
-        has_v_scale: Whether the values have a dequantisation scale.
     """
     return {
-        "STRIDE_PAGE": cache_stride[0],
-        "STRIDE_HEAD": cache_stride[1],
-        "STRIDE_TOKEN": cache_stride[2],
-        "GROUP": group,
-        "PAGE_SIZE": page_size,
-        "HEAD_SIZE": head_size,
+        **attention_constants(config, kinds),
         "BLOCK_ROWS": block_size,
         "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_D": padded_tile(1, 1, head_size)[1],
-        "LOOKAHEAD": config.lookahead,
-        **matrix_dtypes(q_dtype, cache_dtype),
+        "BLOCK_D": padded_tile(1, 1, kinds.head_size)[1],
         "HAS_COLUMNS": has_columns,
         "HAS_BAND": has_band,
-        "HAS_SOFT_CAP": has_soft_cap,
-        "HAS_Q_SCALE": has_q_scale,
-        "HAS_K_SCALE": has_k_scale,
-        "HAS_V_SCALE": has_v_scale,
     }
 
 
 def sparse_prefill(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    call: LayerCall,
     block_table: torch.Tensor,
     index: SparseIndex,
+    place: Place,
     *,
-    request: int,
-    first_row: int,
-    first_head: int,
-    scale: float,
-    out: torch.Tensor,
     keys_read: torch.Tensor,
-    q_scale: torch.Tensor | None = None,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
-    soft_cap: float = 0.0,
-    variant: SparseVariant | None = None,
-) -> SparseVariant:
-    """Attention of one request's rows and a slab of its heads over the listed keys, written to ``out`` in place.
+    variant: LaunchVariant | None = None,
+) -> LaunchVariant:
+    """Attention of one request's rows and a slab of its heads over the listed keys, written to ``call.out`` in place.
 
     Rows and heads outside stay as they are. The call launches one kernel and never waits for the device.
 
     Args:
-        q: Queries of the step, [num_tokens, num_heads, head_size], bf16/fp16/fp32/fp8_e4m3, last dim contiguous.
-        k_cache: Keys, [num_pages, num_kv_heads, page_size, head_size], any strides with a contiguous last dim; the
-            dtype of ``q``, or fp8 (e4m3 or e5m2).
-        v_cache: Values, with the strides and dtype of ``k_cache``.
+        call: The layer's tensors.
         block_table: Pages of each request, [num_requests, max_pages], int32.
         index: What each tile of each head of the slab reads, on the device; ``idle_index`` has no rows.
-        request: Row of ``block_table``.
-        first_row: Row of ``q`` where the index's rows start.
-        first_head: Query head, on this device, where the slab starts.
-        scale: Softmax scale, from the true head size.
-        out: Output, shape of ``q``, bf16/fp16/fp32, last dim contiguous.
+        place: Where the slab lies in the step.
         keys_read: Keys loaded for each tile, int32 [slab heads, num_tiles], last dim contiguous, written.
-        q_scale: Dequantisation scale of an fp8 ``q``, one fp32 on the device; None is 1.
-        k_scale: Dequantisation scale of fp8 keys, like ``q_scale``.
-        v_scale: Dequantisation scale of fp8 values, like ``q_scale``.
-        soft_cap: Logits become ``soft_cap * tanh(logit / soft_cap)``; 0 is off.
         variant: From an earlier call with tensors of the same kinds: dtypes and strides are not checked again.
 
     Returns:
@@ -381,27 +301,14 @@ def sparse_prefill(
     Raises:
         ValueError: A shape, dtype, stride or parameter is outside what the kernel takes.
     """
+    q, k_cache, v_cache, out, scale, soft_cap, scales = call
     tiles, counts, columns = index.tiles, index.block_count, index.column_index
     if variant is None:
-        check_queries_and_cache(q, k_cache, v_cache, out)
+        check_call(call, block_table)
         _check_index(index, q.device)
-        check_table("block_table", block_table)
-        check_devices(q.device, block_table=block_table)
-        check_logits(scale=scale, soft_cap=soft_cap)
-        check_scales(q.device, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
-        variant = _find_variant(
-            q,
-            k_cache,
-            block_size=tiles.block_size,
-            has_columns=columns is not None,
-            has_band=index.band is not None,
-            has_soft_cap=soft_cap > 0,
-            has_q_scale=q_scale is not None,
-            has_k_scale=k_scale is not None,
-            has_v_scale=v_scale is not None,
-        )
+        variant = _find_variant(call, index)
     num_heads, num_tiles = counts.shape
-    _check_places(q, block_table, tiles, request=request, first_row=first_row, heads=(first_head, num_heads))
+    _check_place(q, block_table, tiles, place, num_heads)
     if keys_read.shape != counts.shape or keys_read.dtype != torch.int32 or keys_read.stride(1) != 1:
         raise ValueError(f"keys_read is {keys_read.dtype} {list(keys_read.shape)}; expected int32 {list(counts.shape)}")
     parts = tiles.block_size // variant.config.block_m
@@ -417,14 +324,10 @@ def sparse_prefill(
         columns,
         index.band,
         keys_read,
-        q_scale,
-        k_scale,
-        v_scale,
+        *scales,
         float(scale),
         float(soft_cap),
-        request,
-        first_row,
-        first_head,
+        *place,
         tiles.position,
         tiles.num_rows,
         num_heads,
@@ -440,68 +343,32 @@ def sparse_prefill(
         0 if columns is None else columns.stride(1),
         keys_read.stride(0),
         **variant.constants,
-        num_warps=variant.config.num_warps,
-        num_stages=variant.config.num_stages,
-        maxnreg=variant.config.max_registers,
-        enable_fp_fusion=True,
+        **variant.options,
     )
     return variant
 
 
-def idle_index(block_size: int, device: torch.device, *, has_columns: bool, has_band: bool) -> SparseIndex:
-    """An index of one head without rows: a launch that compiles what serving will launch, and writes nothing.
-
-    Args:
-        block_size: Rows of a tile of the indices to come.
-        device: Where they will be.
-        has_columns: Whether they will list columns.
-        has_band: Whether they will have a band.
-    """
-    zeros = torch.zeros(1, 1, 2, dtype=torch.int32, device=device)
-    return SparseIndex(
-        tiles=Tiles(block_size, 0, 0),
-        block_count=zeros[..., 0],
-        block_index=zeros,
-        column_count=zeros[..., 0] if has_columns else None,
-        column_index=zeros if has_columns else None,
-        band=zeros[0] if has_band else None,
-    )
-
-
-def _find_variant(q: torch.Tensor, k_cache: torch.Tensor, *, block_size: int, **flags: bool) -> SparseVariant:
-    _, num_heads, head_size = q.shape
-    num_kv_heads, page_size = k_cache.shape[1:3]
-    capability = capability_of(q.device)
-    check_fp8(q.dtype, k_cache.dtype, capability)
-    config = sparse_config_for(head_size, q.element_size(), k_cache.element_size(), block_size, capability)
+def _find_variant(call: LayerCall, index: SparseIndex) -> LaunchVariant:
+    q, k_cache, block_size = call.q, call.k_cache, index.tiles.block_size
+    kinds = TensorKinds.of(call)
+    capability = capability_for(q.dtype, k_cache.dtype, q.device)
+    config = sparse_config_for(kinds.head_size, q.element_size(), k_cache.element_size(), block_size, capability)
     constants = sparse_constants(
         config,
-        q_dtype=q.dtype,
-        cache_dtype=k_cache.dtype,
-        group=group_size(num_heads, num_kv_heads),
-        head_size=head_size,
-        page_size=page_size,
-        cache_stride=k_cache.stride()[:3],
+        kinds,
         block_size=block_size,
-        **flags,
+        has_columns=index.column_index is not None,
+        has_band=index.band is not None,
     )
-    return SparseVariant(config, constants)
+    return LaunchVariant.of(config, constants)
 
 
-def _check_places(
-    q: torch.Tensor,
-    block_table: torch.Tensor,
-    tiles: Tiles,
-    *,
-    request: int,
-    first_row: int,
-    heads: tuple[int, int],
-) -> None:
-    if not 0 <= request < block_table.shape[0]:
-        raise ValueError(f"request {request} is outside the {block_table.shape[0]} rows of block_table")
+def _check_place(q: torch.Tensor, block_table: torch.Tensor, tiles: Tiles, place: Place, num_heads: int) -> None:
+    if not 0 <= place.request < block_table.shape[0]:
+        raise ValueError(f"request {place.request} is outside the {block_table.shape[0]} rows of block_table")
     for name, first, count, limit in (
-        ("rows", first_row, tiles.num_rows, q.shape[0]),
-        ("heads", *heads, q.shape[1]),
+        ("rows", place.first_row, tiles.num_rows, q.shape[0]),
+        ("heads", place.first_head, num_heads, q.shape[1]),
     ):
         if first < 0 or first + count > limit:
             raise ValueError(f"{name} {first} to {first + count - 1} are outside the {limit} of q")

@@ -10,25 +10,32 @@ The rule is that of TriangleMix (https://arxiv.org/abs/2507.21526): the query at
 ``j <= i`` iff ``j < n_init`` or ``i - j < n_local``; dense rows see every ``j <= i``.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
+from vllm_trimix.kernels.layer_call import LayerCall
 from vllm_trimix.kernels.triton_attention import (
     accumulate,
+    after_all_keys,
+    before_any_key,
     cap_scores,
-    check_devices,
-    check_fp8,
-    check_logits,
-    check_queries_and_cache,
-    check_scales,
-    check_table,
-    matrix_dtypes,
+    load_rows,
+    logit_scales,
+    mask_of,
     scores_of,
+    store_rows,
 )
-from vllm_trimix.kernels.triton_configs import TileConfig, capability_of, config_for, group_size, padded_tile, widened
+from vllm_trimix.kernels.triton_configs import TileConfig, config_for, padded_tile, widened
+from vllm_trimix.kernels.triton_launch import (
+    LaunchVariant,
+    TensorKinds,
+    attention_constants,
+    capability_for,
+    check_call,
+    check_devices,
+    check_table,
+)
 from vllm_trimix.kernels.triton_merge import Partials, merge_partials
 
 _INT32_MAX = 2**31 - 1
@@ -43,10 +50,10 @@ def _load_keys(
     end,
     offs_d,
     NUM_KEYS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    STRIDE_BLOCK: tl.constexpr,
+    STRIDE_PAGE: tl.constexpr,
     STRIDE_TOKEN: tl.constexpr,
 ):
     """[NUM_KEYS, BLOCK_D] keys or values from ``first_key``, a multiple of NUM_KEYS; zeros outside [begin, end)."""
@@ -54,17 +61,14 @@ def _load_keys(
     keys = first_key + offs_n
     # Pages before the window may have been freed, slots past the last row may never have been written.
     is_read = (keys >= begin) & (keys < end)
-    if BLOCK_SIZE % NUM_KEYS == 0:
-        page = tl.load(pages_ptr + first_key // BLOCK_SIZE, mask=first_key < end, other=0).to(tl.int64)
-        slot = first_key % BLOCK_SIZE + offs_n
+    if PAGE_SIZE % NUM_KEYS == 0:
+        page = tl.load(pages_ptr + first_key // PAGE_SIZE, mask=first_key < end, other=0).to(tl.int64)
+        slot = first_key % PAGE_SIZE + offs_n
     else:
-        page = tl.load(pages_ptr + keys // BLOCK_SIZE, mask=is_read, other=0).to(tl.int64)
-        slot = (offs_n if NUM_KEYS % BLOCK_SIZE == 0 else keys) % BLOCK_SIZE
-    rows = page * STRIDE_BLOCK + slot.to(tl.int64) * STRIDE_TOKEN
-    mask = is_read[:, None]
-    if HEAD_SIZE != BLOCK_D:
-        mask = mask & (offs_d < HEAD_SIZE)[None, :]
-    return tl.load(kv_ptr + rows[:, None] + offs_d[None, :], mask=mask, other=0.0)
+        page = tl.load(pages_ptr + keys // PAGE_SIZE, mask=is_read, other=0).to(tl.int64)
+        slot = (offs_n if NUM_KEYS % PAGE_SIZE == 0 else keys) % PAGE_SIZE
+    rows = page * STRIDE_PAGE + slot.to(tl.int64) * STRIDE_TOKEN
+    return load_rows(kv_ptr, rows, is_read, offs_d, HEAD_SIZE, BLOCK_D)
 
 
 @triton.jit
@@ -88,12 +92,12 @@ def triangle_prefill_kernel(
     stride_out_token,
     stride_out_head,
     stride_table,
-    STRIDE_BLOCK: tl.constexpr,
+    STRIDE_PAGE: tl.constexpr,
     STRIDE_HEAD: tl.constexpr,
     STRIDE_TOKEN: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -110,7 +114,6 @@ def triangle_prefill_kernel(
     HAS_PARTIALS: tl.constexpr,
 ):
     """Program i: the rows of item ``i // NUM_KV_HEADS``, for all query heads of KV head ``i % NUM_KV_HEADS``."""
-    LOG2E: tl.constexpr = 1.4426950408889634
     INT32_MAX: tl.constexpr = 2147483647
     kv_head = (tl.program_id(0) % NUM_KV_HEADS).to(tl.int64)
     item_ptr = items_ptr + (tl.program_id(0) // NUM_KV_HEADS).to(tl.int64) * 8
@@ -129,25 +132,16 @@ def triangle_prefill_kernel(
     row = offs_m // GROUP
     position = (first_position + row)[:, None]
     head = kv_head * GROUP + offs_m % GROUP
-    row_mask = (row < num_tokens)[:, None]
-    if HEAD_SIZE != BLOCK_D:
-        row_mask = row_mask & (offs_d < HEAD_SIZE)[None, :]
+    row_mask = mask_of(row < num_tokens, offs_d, HEAD_SIZE, BLOCK_D)
     q_rows = (first_token + row) * stride_q_token + head * stride_q_head
     q = tl.load(q_ptr + q_rows[:, None] + offs_d[None, :], mask=row_mask, other=0.0).to(SCORE_DTYPE)
     k_ptr += kv_head * STRIDE_HEAD
     v_ptr += kv_head * STRIDE_HEAD
 
-    logit_scale = scale
-    if HAS_Q_SCALE:
-        logit_scale *= tl.load(q_scale_ptr)
-    if HAS_K_SCALE:
-        logit_scale *= tl.load(k_scale_ptr)
-    exponent_scale = (soft_cap if HAS_SOFT_CAP else logit_scale) * LOG2E
-
-    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    # The lowest finite fp32, not -inf: a step that hides every key of a row must give exp2(-inf), never -inf + inf.
-    row_max = tl.full([BLOCK_M], -3.4028234663852886e38, dtype=tl.float32)
-    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    logit_scale, exponent_scale = logit_scales(
+        scale, soft_cap, q_scale_ptr, k_scale_ptr, HAS_SOFT_CAP, HAS_Q_SCALE, HAS_K_SCALE
+    )
+    acc, row_max, row_sum = before_any_key(BLOCK_M, BLOCK_D)
 
     # Steps start at multiples of their width: then a page that holds whole steps costs one table lookup a step.
     first_step = begin // BLOCK_N * BLOCK_N
@@ -155,7 +149,7 @@ def triangle_prefill_kernel(
     if LOOKAHEAD:
         k = _load_keys(
             k_ptr, pages_ptr, first_step, begin, end, offs_d,
-            BLOCK_N, BLOCK_SIZE, HEAD_SIZE, BLOCK_D, STRIDE_BLOCK, STRIDE_TOKEN,
+            BLOCK_N, PAGE_SIZE, HEAD_SIZE, BLOCK_D, STRIDE_PAGE, STRIDE_TOKEN,
         )  # fmt: skip
         next_scores = scores_of(q, k, SCORE_DTYPE)
 
@@ -165,11 +159,11 @@ def triangle_prefill_kernel(
         for first_key in tl.range(0, sink_end, BLOCK_SINKS, num_stages=1):
             sinks = _load_keys(
                 k_ptr, pages_ptr, first_key, 0, num_sinks, offs_d,
-                BLOCK_SINKS, BLOCK_SIZE, HEAD_SIZE, BLOCK_D, STRIDE_BLOCK, STRIDE_TOKEN,
+                BLOCK_SINKS, PAGE_SIZE, HEAD_SIZE, BLOCK_D, STRIDE_PAGE, STRIDE_TOKEN,
             )  # fmt: skip
             sink_values = _load_keys(
                 v_ptr, pages_ptr, first_key, 0, num_sinks, offs_d,
-                BLOCK_SINKS, BLOCK_SIZE, HEAD_SIZE, BLOCK_D, STRIDE_BLOCK, STRIDE_TOKEN,
+                BLOCK_SINKS, PAGE_SIZE, HEAD_SIZE, BLOCK_D, STRIDE_PAGE, STRIDE_TOKEN,
             )  # fmt: skip
             scores = scores_of(q, sinks, SCORE_DTYPE)
             if HAS_SOFT_CAP:
@@ -184,11 +178,11 @@ def triangle_prefill_kernel(
     for first_key in tl.range(first_step, end, BLOCK_N):
         v = _load_keys(
             v_ptr, pages_ptr, first_key, begin, end, offs_d,
-            BLOCK_N, BLOCK_SIZE, HEAD_SIZE, BLOCK_D, STRIDE_BLOCK, STRIDE_TOKEN,
+            BLOCK_N, PAGE_SIZE, HEAD_SIZE, BLOCK_D, STRIDE_PAGE, STRIDE_TOKEN,
         )  # fmt: skip
         k = _load_keys(
             k_ptr, pages_ptr, first_key + BLOCK_N if LOOKAHEAD else first_key, begin, end, offs_d,
-            BLOCK_N, BLOCK_SIZE, HEAD_SIZE, BLOCK_D, STRIDE_BLOCK, STRIDE_TOKEN,
+            BLOCK_N, PAGE_SIZE, HEAD_SIZE, BLOCK_D, STRIDE_PAGE, STRIDE_TOKEN,
         )  # fmt: skip
         if LOOKAHEAD:
             scores = next_scores
@@ -211,16 +205,12 @@ def triangle_prefill_kernel(
     # Loaded again: kept in registers through the loop they would cost it.
     num_tokens = tl.load(item_ptr + 2, volatile=True)
     slot = tl.load(item_ptr + 7, volatile=True) if HAS_PARTIALS else -1
-    row_mask = (row < num_tokens)[:, None]
-    if HEAD_SIZE != BLOCK_D:
-        row_mask = row_mask & (offs_d < HEAD_SIZE)[None, :]
+    row_mask = mask_of(row < num_tokens, offs_d, HEAD_SIZE, BLOCK_D)
     if slot < 0:
-        result = acc / row_sum[:, None]
-        if HAS_V_SCALE:
-            result *= tl.load(v_scale_ptr)
+        result = after_all_keys(acc, row_sum, v_scale_ptr, HAS_V_SCALE)
         first_token = tl.load(item_ptr + 1, volatile=True).to(tl.int64)
         out_rows = (first_token + row) * stride_out_token + head * stride_out_head
-        tl.store(out_ptr + out_rows[:, None] + offs_d[None, :], result.to(out_ptr.dtype.element_ty), mask=row_mask)
+        store_rows(out_ptr, out_rows, offs_d, row_mask, result)
     elif HAS_PARTIALS:
         index = tl.cast(slot, tl.int64) * NUM_KV_HEADS + kv_head
         partial_ptr += index * BLOCK_M * BLOCK_D
@@ -230,124 +220,57 @@ def triangle_prefill_kernel(
         tl.store(partial_stats_ptr + BLOCK_M + offs_m, row_sum)
 
 
-class Variant(NamedTuple):
-    """What a call needs to know of the kinds of its tensors, found and checked once.
-
-    Attributes:
-        config: Launch shape.
-        constants: Compile-time arguments.
-    """
-
-    config: TileConfig
-    constants: dict[str, object]
-
-
-def kernel_constants(
-    config: TileConfig,
-    *,
-    q_dtype: torch.dtype,
-    cache_dtype: torch.dtype,
-    num_heads: int,
-    num_kv_heads: int,
-    head_size: int,
-    block_size: int,
-    cache_stride: tuple[int, ...],
-    tile_rows: int,
-    n_init: int,
-    has_soft_cap: bool = False,
-    has_q_scale: bool = False,
-    has_k_scale: bool = False,
-    has_v_scale: bool = False,
-    has_partials: bool = True,
+def triangle_constants(
+    config: TileConfig, kinds: TensorKinds, *, tile_rows: int, n_init: int, has_partials: bool = True
 ) -> dict[str, object]:
     """Compile-time arguments of the kernel: what a variant is keyed on. No length is among them.
 
     Args:
         config: Launch shape.
-        q_dtype: Dtype of the queries.
-        cache_dtype: Dtype of the cache.
-        num_heads: Query heads.
-        num_kv_heads: KV heads.
-        head_size: True head size.
-        block_size: Tokens of a page.
-        cache_stride: Strides of block, head and token in the cache, in elements.
+        kinds: Of the layer's tensors.
         tile_rows: Tokens of a full tile.
         n_init: Sink keys; only the width of their step is a constant.
-        has_soft_cap: Whether logits are capped.
-        has_q_scale: Whether the queries have a dequantisation scale.
-        has_k_scale: Whether the keys have a dequantisation scale.
-        has_v_scale: Whether the values have a dequantisation scale.
         has_partials: Whether items may be parts of split keys.
     """
-    group = group_size(num_heads, num_kv_heads)
-    block_m, block_d = padded_tile(tile_rows, group, head_size)
+    block_m, block_d = padded_tile(tile_rows, kinds.group, kinds.head_size)
     block_sinks = 0 if n_init == 0 else min(64, max(16, triton.next_power_of_2(n_init)))
     return {
-        "STRIDE_BLOCK": cache_stride[0],
-        "STRIDE_HEAD": cache_stride[1],
-        "STRIDE_TOKEN": cache_stride[2],
-        "NUM_KV_HEADS": num_kv_heads,
-        "GROUP": group,
-        "BLOCK_SIZE": block_size,
-        "HEAD_SIZE": head_size,
+        **attention_constants(config, kinds),
+        "NUM_KV_HEADS": kinds.num_kv_heads,
         "BLOCK_M": block_m,
-        "BLOCK_N": config.block_n,
         "BLOCK_D": block_d,
         "BLOCK_SINKS": block_sinks,
         "SINK_LOOP": n_init > block_sinks,
-        "LOOKAHEAD": config.lookahead,
-        **matrix_dtypes(q_dtype, cache_dtype),
-        "HAS_SOFT_CAP": has_soft_cap,
-        "HAS_Q_SCALE": has_q_scale,
-        "HAS_K_SCALE": has_k_scale,
-        "HAS_V_SCALE": has_v_scale,
         "HAS_PARTIALS": has_partials,
     }
 
 
 def triangle_prefill(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    call: LayerCall,
     block_table: torch.Tensor,
     items: torch.Tensor,
     *,
     n_init: int,
     n_local: int,
-    scale: float,
-    out: torch.Tensor,
     tile_rows: int,
     merges: torch.Tensor | None = None,
     partials: Partials | None = None,
-    q_scale: torch.Tensor | None = None,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
-    soft_cap: float = 0.0,
-    variant: Variant | None = None,
-) -> Variant:
-    """Attention of a step's work items, written to ``out`` in place.
+    variant: LaunchVariant | None = None,
+) -> LaunchVariant:
+    """Attention of a step's work items, written to ``call.out`` in place.
 
-    Rows of ``out`` that no item covers stay as they are. The call launches one kernel, or two where keys were split,
-    and never waits for the device.
+    Rows that no item covers stay as they are. The call launches one kernel, or two where keys were split, and never
+    waits for the device.
 
     Args:
-        q: Queries, [num_tokens, num_heads, head_size], bf16/fp16/fp32/fp8_e4m3, last dim contiguous.
-        k_cache: Keys, [num_blocks, num_kv_heads, block_size, head_size], any strides with a contiguous last dim; the
-            dtype of ``q``, or fp8 (e4m3 or e5m2).
-        v_cache: Values, with the strides and dtype of ``k_cache``.
+        call: The layer's tensors.
         block_table: Page of each block of each request, [num_reqs, max_blocks], int32.
         items: Work items of ``work_items.cut_work``, [num_items, 8], int32. ``work_items.IDLE`` does nothing.
         n_init: Sink keys at the start of the prompt, in tokens, as given to ``cut_work``.
         n_local: Window in tokens, counting the query's own position.
-        scale: Softmax scale, from the true head size.
-        out: Output, shape of ``q``, bf16/fp16/fp32, last dim contiguous.
         tile_rows: Tokens of a full tile, as given to ``cut_work``.
         merges: Tiles whose keys were split, [num_merges, 4], int32; None if there are none.
         partials: Workspace for those; needed with ``merges``.
-        q_scale: Dequantisation scale of an fp8 ``q``, one fp32 on the device; None is 1.
-        k_scale: Dequantisation scale of fp8 keys, like ``q_scale``.
-        v_scale: Dequantisation scale of fp8 values, like ``q_scale``.
-        soft_cap: Logits become ``soft_cap * tanh(logit / soft_cap)``; 0 is off.
         variant: From an earlier call with tensors of the same kinds: nothing is checked again.
 
     Returns:
@@ -357,26 +280,13 @@ def triangle_prefill(
         ValueError: A shape, dtype, stride or parameter is outside what the kernel takes.
     """
     if variant is None:
-        check_queries_and_cache(q, k_cache, v_cache, out)
-        check_table("block_table", block_table)
+        check_call(call, block_table)
         check_table("items", items, 8)
         if merges is not None:
             check_table("merges", merges, 4)
-        check_devices(q.device, block_table=block_table, items=items, merges=merges)
+        check_devices(call.q.device, items=items, merges=merges)
         _check_window(n_init=n_init, n_local=n_local)
-        check_logits(scale=scale, soft_cap=soft_cap)
-        check_scales(q.device, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
-        variant = _find_variant(
-            q,
-            k_cache,
-            tile_rows=tile_rows,
-            n_init=n_init,
-            has_soft_cap=soft_cap > 0,
-            has_q_scale=q_scale is not None,
-            has_k_scale=k_scale is not None,
-            has_v_scale=v_scale is not None,
-            has_partials=partials is not None,
-        )
+        variant = _find_variant(call, tile_rows=tile_rows, n_init=n_init, has_partials=partials is not None)
         if partials is not None:
             _check_partials(partials, variant.constants)
         elif merges is not None:
@@ -384,6 +294,7 @@ def triangle_prefill(
     if items.shape[0] == 0:
         return variant
 
+    q, k_cache, v_cache, out, scale, soft_cap, scales = call
     num_kv_heads = k_cache.shape[1]
     triangle_prefill_kernel[(items.shape[0] * num_kv_heads,)](
         q,
@@ -394,9 +305,7 @@ def triangle_prefill(
         None if partials is None else partials.stats,
         block_table,
         items,
-        q_scale,
-        k_scale,
-        v_scale,
+        *scales,
         float(scale),
         float(soft_cap),
         n_local,
@@ -406,40 +315,25 @@ def triangle_prefill(
         out.stride(1),
         block_table.stride(0),
         **variant.constants,
-        num_warps=variant.config.num_warps,
-        num_stages=variant.config.num_stages,
-        enable_fp_fusion=True,
+        **variant.options,
     )
     if merges is not None and partials is not None:
-        merge_partials(partials, merges, out=out, num_kv_heads=num_kv_heads, v_scale=v_scale)
+        merge_partials(partials, merges, out=out, num_kv_heads=num_kv_heads, v_scale=scales.v)
     return variant
 
 
-def _find_variant(q: torch.Tensor, k_cache: torch.Tensor, *, tile_rows: int, n_init: int, **flags: bool) -> Variant:
-    _, num_heads, head_size = q.shape
-    num_kv_heads, block_size = k_cache.shape[1:3]
-    group = group_size(num_heads, num_kv_heads)
-    capability = capability_of(q.device)
-    check_fp8(q.dtype, k_cache.dtype, capability)
-    config = config_for(head_size, q.element_size(), k_cache.element_size(), capability)
+def _find_variant(call: LayerCall, *, tile_rows: int, n_init: int, has_partials: bool) -> LaunchVariant:
+    q, k_cache = call.q, call.k_cache
+    kinds = TensorKinds.of(call)
+    group = kinds.group
+    capability = capability_for(q.dtype, k_cache.dtype, q.device)
+    config = config_for(kinds.head_size, q.element_size(), k_cache.element_size(), capability)
     max_rows = max(1, config.block_m // group)
     if not 1 <= tile_rows <= max_rows:
         raise ValueError(f"tile_rows {tile_rows} is outside 1-{max_rows} for {group} query heads a KV head")
-    config = widened(config, padded_tile(tile_rows, group, head_size)[0])
-    constants = kernel_constants(
-        config,
-        q_dtype=q.dtype,
-        cache_dtype=k_cache.dtype,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_size=head_size,
-        block_size=block_size,
-        cache_stride=k_cache.stride()[:3],
-        tile_rows=tile_rows,
-        n_init=n_init,
-        **flags,
-    )
-    return Variant(config, constants)
+    config = widened(config, padded_tile(tile_rows, group, kinds.head_size)[0])
+    constants = triangle_constants(config, kinds, tile_rows=tile_rows, n_init=n_init, has_partials=has_partials)
+    return LaunchVariant.of(config, constants)
 
 
 def _check_partials(partials: Partials, constants: dict[str, object]) -> None:

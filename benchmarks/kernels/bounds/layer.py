@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.kernels.bounds.bound import NOTHING, Bound, flat, launch_bound, slower, step_cost
 from benchmarks.kernels.bounds.compiled import SERVED, compiled
 from benchmarks.kernels.bounds.devices import Device, device_named
-from vllm_trimix.backend.prefill import TritonPrefill
+from vllm_trimix.backend.triangle.triton_prefill import TritonPrefill
 from vllm_trimix.kernels.triton_configs import config_for, tile_rows_for
 from vllm_trimix.kernels.work_items import DENSE, Work, cut_work
 from vllm_trimix.patterns.triangle import Triangle
@@ -26,13 +26,13 @@ ROW_BYTES = 2 * NUM_HEADS * HEAD_SIZE
 """Of one token's queries, or outputs, in 16 bits."""
 KEY_BYTES = 2 * 2 * NUM_KV_HEADS * HEAD_SIZE
 """Of one token's keys and values."""
-_PROGRAMS_PER_MULTIPROCESSOR = 4  # As ``vllm_trimix.backend.prefill``.
+_PROGRAMS_PER_MULTIPROCESSOR = 4  # As ``vllm_trimix.backend.triangle.triton_prefill``.
 _SINK_STEP = 16  # Keys of the short step.
 # FlashAttention 3 with a paged cache, causal or windowed, head size 128: rows of a tile, heads of a KV head packed, and
 # keys of a step (hopper/tile_size.h of its source).
 _FLASH_ROWS, _FLASH_KEYS = 128, 128
 _PAGE = 16
-_PAGES_TILE = 128  # As ``vllm_trimix.backend.flash_pages``.
+_PAGES_TILE = 128  # As ``vllm_trimix.backend.triangle.flash_pages``.
 
 
 def chunks_of(length: int, chunk: int | None) -> Iterator[tuple[int, int]]:

@@ -50,13 +50,13 @@ GROUPS = (
         ),
     ),
     Group(
-        "vllm_trimix/backend/dynamic.py",
+        "vllm_trimix/backend/layer_patterns.py",
         ("tests/hostile/test_dynamic_memory.py::test_scores_of_a_long_chunk_are_bounded",),
         (
             (
                 "a long chunk's scores of all heads at once",
-                "min(MAX_KEY_BYTES // bytes_per_kv_head, MAX_CHOICE_BYTES // choice)",
-                "MAX_KEY_BYTES // bytes_per_kv_head",
+                "min(max_key_bytes // bytes_per_kv_head, max_choice_bytes // choice)",
+                "max_key_bytes // bytes_per_kv_head",
             ),
         ),
     ),

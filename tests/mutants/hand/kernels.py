@@ -108,8 +108,8 @@ GROUPS = (
             ("Triton: sinks of the future", "(keys < num_sinks) & (keys <= position)", "(keys < num_sinks)"),
             (
                 "Triton: scale from the padded head size",
-                "    logit_scale = scale\n",
-                "    logit_scale = scale * tl.sqrt(HEAD_SIZE * 1.0 / BLOCK_D)\n",
+                "        scale, soft_cap, q_scale_ptr, k_scale_ptr,",
+                "        scale * tl.sqrt(HEAD_SIZE * 1.0 / BLOCK_D), soft_cap, q_scale_ptr, k_scale_ptr,",
             ),
             (
                 "Triton: KV head by quotient",

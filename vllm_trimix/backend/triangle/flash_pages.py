@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from vllm_trimix.backend.flash_attention import FlashCall, attend, flash_attention_version, flash_layer
-from vllm_trimix.backend.prefill import LayerShape, Scales
 from vllm_trimix.backend.pseudo_requests import pseudo_requests
-from vllm_trimix.patterns.triangle import Triangle
+from vllm_trimix.backend.triangle.flash_attention import FlashCall, attend, flash_attention_version, flash_layer
+from vllm_trimix.backend.triangle.prefill import LayerGroup, TrianglePrefill
+from vllm_trimix.kernels.layer_call import LayerCall
 from vllm_trimix.plan import Plan, Span
 
 TILE_ROWS = 128
@@ -81,36 +80,26 @@ def list_pages(spans: list[Span], *, n_init: int, n_local: int, block_size: int)
     return PageLists(tiles, columns, last + 1 - skipped * block_size)
 
 
-class FlashPagesPrefill:
+class FlashPagesPrefill(TrianglePrefill):
     """Tiles as requests of vLLM's FlashAttention. Not exact: a row sees what ``visible`` says."""
 
-    max_tail_rows: ClassVar[int] = 0
-
-    def __init__(
-        self,
-        shapes: Collection[LayerShape],
-        *,
-        triangle: Triangle,
-        dtype_size: int,
-        block_size: int,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, group: LayerGroup) -> None:
         """As ``TrianglePrefill``.
 
         Raises:
             RuntimeError: vLLM has no FlashAttention here.
         """
-        self._triangle, self._block_size = triangle, block_size
-        self._version = flash_attention_version(shapes, block_size=block_size)
+        super().__init__(group)
+        self._version = flash_attention_version(group)
 
     def arrays(self, plan: Plan) -> list[np.ndarray]:
         if not plan.triangle:
             return []
         tiles, columns, seqused_k = list_pages(
             plan.triangle,
-            n_init=self._triangle.n_init,
-            n_local=self._triangle.n_local,
-            block_size=self._block_size,
+            n_init=self.group.triangle.n_init,
+            n_local=self.group.triangle.n_local,
+            block_size=self.group.block_size,
         )
         batch = pseudo_requests(tiles)
         return [batch.starts, batch.indices, seqused_k, columns, *([] if batch.rows is None else [batch.rows])]
@@ -125,28 +114,17 @@ class FlashPagesPrefill:
             cu_seqlens_q=starts,
             max_seqlen_q=min(TILE_ROWS, batch.longest),
             seqused_k=seqused_k,
-            max_seqlen_k=columns.shape[1] * self._block_size,
+            max_seqlen_k=columns.shape[1] * self.group.block_size,
             block_table=block_table[requests[:, None], columns],
         )
 
     def idle(self, block_table: torch.Tensor) -> None:
         """No launch: FlashAttention 2 and 3 have nothing to compile."""
 
-    def run(
-        self,
-        step: FlashCall | None,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        *,
-        scale: float,
-        soft_cap: float,
-        scales: Scales,
-        out: torch.Tensor,
-    ) -> None:
+    def run(self, step: FlashCall | None, call: LayerCall) -> None:
         if step is None:
             return
-        if k_cache.shape[2] != self._block_size:
-            raise ValueError(f"k_cache has pages of {k_cache.shape[2]} tokens; planned for {self._block_size}")
-        layer = flash_layer(k_cache, v_cache, scale=scale, soft_cap=soft_cap, scales=scales, version=self._version)
-        attend(step, layer, q, out=out)
+        page_size, block_size = call.k_cache.shape[2], self.group.block_size
+        if page_size != block_size:
+            raise ValueError(f"k_cache has pages of {page_size} tokens; planned for {block_size}")
+        attend(step, flash_layer(call, version=self._version), call.q, out=call.out)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from typing import ClassVar, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from vllm_trimix.backend.flash_attention import (
+from vllm_trimix.backend.pseudo_requests import pseudo_requests
+from vllm_trimix.backend.triangle.flash_attention import (
     FlashCall,
     attend,
     flash_attention_version,
@@ -16,9 +17,8 @@ from vllm_trimix.backend.flash_attention import (
     launch,
     take,
 )
-from vllm_trimix.backend.prefill import LayerShape, Scales
-from vllm_trimix.backend.pseudo_requests import pseudo_requests
-from vllm_trimix.patterns.triangle import Triangle
+from vllm_trimix.backend.triangle.prefill import LayerGroup, TrianglePrefill
+from vllm_trimix.kernels.layer_call import LayerCall
 from vllm_trimix.plan import Plan, Span
 
 
@@ -36,33 +36,24 @@ class FlashMergeStep(NamedTuple):
     sinks: FlashCall | None = None
 
 
-class FlashMergePrefill:
+class FlashMergePrefill(TrianglePrefill):
     """Window and sinks by vLLM's FlashAttention, merged by vLLM's ``merge_attn_states``.
 
     Each key counts once: the rows whose window overlaps the sinks are dense by the rule and have a launch of their own.
     Allocates nothing itself, but the gathered queries of steps whose spans are scattered.
     """
 
-    max_tail_rows: ClassVar[int] = 0
-
-    def __init__(
-        self,
-        shapes: Collection[LayerShape],
-        *,
-        triangle: Triangle,
-        dtype_size: int,
-        block_size: int,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, group: LayerGroup) -> None:
         """As ``TrianglePrefill``.
 
         Raises:
             RuntimeError: vLLM has no FlashAttention here.
         """
-        self._n_init, self._n_local = triangle.n_init, triangle.n_local
+        super().__init__(group)
+        self._n_init, self._n_local = group.triangle.n_init, group.triangle.n_local
         # The first position whose window starts behind the sinks; without sinks the window alone is right everywhere.
-        self._first_late = triangle.n_init + triangle.n_local - 1 if triangle.n_init else 0
-        self._version = flash_attention_version(shapes, block_size=block_size)
+        self._first_late = self._n_init + self._n_local - 1 if self._n_init else 0
+        self._version = flash_attention_version(group)
 
     def arrays(self, plan: Plan) -> list[np.ndarray]:
         arrays = []
@@ -89,21 +80,11 @@ class FlashMergePrefill:
         """No launch: FlashAttention 2 and 3 have nothing to compile."""
         return FlashMergeStep()
 
-    def run(
-        self,
-        step: FlashMergeStep,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        *,
-        scale: float,
-        soft_cap: float,
-        scales: Scales,
-        out: torch.Tensor,
-    ) -> None:
+    def run(self, step: FlashMergeStep, call: LayerCall) -> None:
+        # vLLM's compiled operators are heavy, and missing off CUDA.
         from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
-        layer = flash_layer(k_cache, v_cache, scale=scale, soft_cap=soft_cap, scales=scales, version=self._version)
+        q, out, layer = call.q, call.out, flash_layer(call, version=self._version)
         if step.early is not None:
             attend(step.early, layer, q, out=out)
         if step.window is None:

@@ -6,12 +6,13 @@ It takes what that implementation takes: fp16 and bf16, and with an fp8 (e4m3) c
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 
-from vllm_trimix.backend.prefill import LayerShape, Scales
+from vllm_trimix.backend.triangle.prefill import LayerGroup
+from vllm_trimix.kernels.layer_call import LayerCall, Scales
 
 
 class FlashCall(NamedTuple):
@@ -49,29 +50,26 @@ class FlashLayer(NamedTuple):
     version: int
 
 
-def flash_attention_version(shapes: Collection[LayerShape], *, block_size: int) -> int:
+def flash_attention_version(group: LayerGroup) -> int:
     """The version that vLLM picks on this GPU.
 
     Raises:
         RuntimeError: There is none.
     """
+    # vLLM's compiled operators are heavy, and missing off CUDA.
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
-    (head_size,) = {shape.head_size for shape in shapes}
-    version = get_flash_attn_version(head_size=head_size, kv_cache_block_size=block_size)
+    (head_size,) = {shape.head_size for shape in group.shapes}
+    version = get_flash_attn_version(head_size=head_size, kv_cache_block_size=group.block_size)
     if version is None:
         raise RuntimeError(f"vLLM has no FlashAttention for head_size {head_size} on this device")
     return version
 
 
-def flash_layer(
-    k_cache: torch.Tensor, v_cache: torch.Tensor, *, scale: float, soft_cap: float, scales: Scales, version: int
-) -> FlashLayer:
+def flash_layer(call: LayerCall, *, version: int) -> FlashLayer:
     """A layer from what ``TrianglePrefill.run`` gets; copies nothing."""
-    from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
-
-    k, v = (canonicalize_singleton_dim_strides(cache.transpose(1, 2)) for cache in (k_cache, v_cache))
-    return FlashLayer(k, v, scale, soft_cap, scales, version)
+    k, v = (canonicalize_singleton_dim_strides(cache.transpose(1, 2)) for cache in (call.k_cache, call.v_cache))
+    return FlashLayer(k, v, call.scale, call.soft_cap, call.scales, version)
 
 
 def attend(call: FlashCall, layer: FlashLayer, q: torch.Tensor, *, out: torch.Tensor) -> None:
@@ -91,6 +89,7 @@ def launch(
         The output, ``out`` or what FlashAttention allocates, and the log-sum-exp, [num_heads, num_rows], fp32, which
         FlashAttention 2 and 3 write in any case.
     """
+    # vLLM's compiled operators are heavy, and missing off CUDA.
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
     shape = (call.seqused_k.shape[0], layer.k.shape[2])

@@ -1,0 +1,1 @@
+"""The ways to compute a step's triangle rows on CUDA, one a file, behind one interface (``prefill``)."""
