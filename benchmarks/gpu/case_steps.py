@@ -168,6 +168,7 @@ def _clean(case: Any, device: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def _launch_shape(**changes: Any) -> Iterator[list[bool]]:
     """Changes the launch shapes of all kernels; the list says of each shape that was asked for whether it differs."""
+    # Triton may be missing.
     from vllm_trimix.kernels import triton_estimate, triton_sparse, triton_triangle
 
     differs: list[bool] = []

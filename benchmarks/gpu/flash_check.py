@@ -27,6 +27,7 @@ def flash_beside_kernel(case: Any, device: str) -> dict[str, Any]:
     if isinstance(found, str):
         return {"skipped": found}
     try:
+        # May be missing.
         from vllm.vllm_flash_attn import flash_attn_varlen_func, is_fa_version_supported
     except ImportError as error:
         return {"skipped": f"vLLM's FlashAttention can't be imported: {error}"}

@@ -21,6 +21,7 @@ class Record:
 
     def install(self) -> None:
         """Listens to Triton's compiler and to its launches."""
+        # Triton may be missing.
         from triton import knobs
         from triton.runtime.jit import JITFunction
 
@@ -67,6 +68,7 @@ def facts(kernel: Any) -> dict[str, Any]:
 
 def ptxas_version() -> str:
     """Of the assembler that Triton calls for this device."""
+    # Triton may be missing.
     from triton.backends.nvidia.compiler import get_ptxas_version
 
     major, minor = torch.cuda.get_device_capability()

@@ -26,6 +26,7 @@ def package_missing(settings: Settings, *, package: str) -> str | None:
 def flash_attention_missing(settings: Settings, *, version: int) -> str | None:
     """Why vLLM's FlashAttention of this version can't run on this GPU with this cache."""
     try:
+        # Only vLLM's CUDA build has it.
         from vllm.vllm_flash_attn import fa_version_unsupported_reason
     except ImportError as error:
         return f"this vLLM has no FlashAttention: {error}"
@@ -36,6 +37,7 @@ def flash_attention_missing(settings: Settings, *, version: int) -> str | None:
 
 def flash_attention_version(settings: Settings) -> int:
     """The version that vLLM picks on this GPU."""
+    # Only vLLM's CUDA build has it.
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
     version = get_flash_attn_version(head_size=settings.head_size, kv_cache_block_size=settings.block_size)
@@ -56,6 +58,7 @@ class _FlashStep:
     """vLLM's FlashAttention on the last rows of one step, called as its FLASH_ATTN implementation does."""
 
     def __init__(self, problem: Problem, first_row: int, end: int, *, version: int) -> None:
+        # Heavy, and only where FlashAttention runs.
         from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 
         settings = problem.settings
@@ -79,6 +82,7 @@ class _FlashStep:
     def plan(self) -> None:
         if self._version != 3:
             return
+        # Only vLLM's CUDA build has it.
         from vllm.vllm_flash_attn import get_scheduler_metadata
 
         settings = self._settings
@@ -99,6 +103,7 @@ class _FlashStep:
         )
 
     def run(self) -> None:
+        # Only vLLM's CUDA build has it.
         from vllm.vllm_flash_attn import flash_attn_varlen_func
 
         flash_attn_varlen_func(
@@ -146,6 +151,7 @@ class FlashInfer:
     """
 
     def __init__(self, problem: Problem) -> None:
+        # May be missing.
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper
         from vllm import envs
 
@@ -195,6 +201,7 @@ def tile_missing(settings: Settings, *, head_sizes: range) -> str | None:
 
 def launch_shape(tile: TileConfig | None) -> Any:
     """The kernel's launch shape while the context lasts, instead of its table's; ``block_m`` must stay the table's."""
+    # Triton may be missing.
     from vllm_trimix.kernels import triton_triangle
 
     if tile is None:

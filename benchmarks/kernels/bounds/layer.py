@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -89,14 +89,14 @@ def predict_layer(
         elif way == "last_rows":
             total += _ours(device, Plan(tails=_plan(length, start, end).tails), triton=triton)
         else:
-            body = {
+            bodies: dict[str, Callable[[Device, Plan], Bound]] = {
                 "trimix_triton": functools.partial(_ours, triton=triton),
                 "trimix_triton_stock_tail": functools.partial(_ours, triton=triton),
                 "trimix_flash_merge": _flash_merge,
                 "trimix_flash_pages": _flash_pages,
-            }[way]
+            }
             plan = _plan(length, start, end, max_tail_rows=TritonPrefill.max_tail_rows if way == WAYS[1] else 0)
-            total += body(device, plan)
+            total += bodies[way](device, plan)
             for span in plan.dense:
                 total += dense_bound(device, span.position, span.position + span.num_rows)
     return total
