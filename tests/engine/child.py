@@ -11,6 +11,11 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_trimix.plan import DynamicPlan, Request
 
 
 def totals(worker: object = None) -> list[dict[str, int]]:
@@ -24,12 +29,12 @@ def totals(worker: object = None) -> list[dict[str, int]]:
     return found
 
 
-def counters(llm: object) -> dict[str, float]:
+def counters(llm: Any) -> dict[str, float]:
     """vLLM's own counters by name."""
     return {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
 
 
-def refused(llm: object, extra_args: dict[str, object]) -> str:
+def refused(llm: Any, extra_args: dict[str, object]) -> str:
     """What ``LLM.generate`` says to these arguments, whether they are set at construction or smuggled in later."""
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
@@ -53,10 +58,14 @@ def record_dynamic_spans() -> list[list[int]]:
     spans: list[list[int]] = []
     original = builder.build_dynamic_plan
 
-    def recorded(query_start_loc, seq_lens, requests, **rule):
+    def recorded(
+        query_start_loc: Sequence[int], seq_lens: Sequence[int], requests: Sequence[Request | None], **rule: Any
+    ) -> DynamicPlan:
         plan = original(query_start_loc, seq_lens, requests, **rule)
         for rows, num_keys in plan.spans:
-            spans.append([requests[rows.request].prompt_len, rows.position, rows.num_rows, num_keys])
+            request = requests[rows.request]
+            assert request is not None, "rows of unknown prompts are dense"
+            spans.append([request.prompt_len, rows.position, rows.num_rows, num_keys])
         return plan
 
     builder.build_dynamic_plan = recorded
@@ -71,7 +80,7 @@ def record_schedule() -> list[list[int]]:
     seen: set[str] = set()
     original = Scheduler.schedule
 
-    def recorded(self, *args, **kwargs):
+    def recorded(self: Scheduler, *args: Any, **kwargs: Any) -> Any:
         output = original(self, *args, **kwargs)
         old = output.scheduled_cached_reqs
         # Model runner V2 is told of resumed requests as of new ones.

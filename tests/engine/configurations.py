@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from tests.engine.run import PATTERN, both_ways
-from tests.engine.test_logprobs import BOUNDARIES, prompts
+from tests.engine.run import BOUNDARIES, PATTERN, both_ways, prompts
 
 MODEL_LEN = 2304
 # Pages of 32 tokens, one of them vLLM's own: the calm waves fit, the pressing ones until the first answer needs a page.

@@ -49,9 +49,12 @@ class Ledger:
     def entries(self) -> list[Chunk]:
         """The first chunk of every admission: of new requests and of resumed ones."""
         seen: set[int] = set()
-        return [
-            chunk for chunk in self.chunks if chunk.resumed or not (chunk.request in seen or seen.add(chunk.request))
-        ]
+        found = []
+        for chunk in self.chunks:
+            if chunk.resumed or chunk.request not in seen:
+                found.append(chunk)
+            seen.add(chunk.request)
+        return found
 
     def facts(self, wave: list[dict[str, Any]], pattern: Triangle) -> dict[str, bool]:
         """What ``tier.case`` records of a wave."""

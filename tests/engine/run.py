@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.engine.ledger import Chunk, Ledger
-from tests.engine.models import true_logprobs
+from tests.engine.models import VOCAB_SIZE, true_logprobs
 from tests.tiers import Tier
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.stats import TOTALS
@@ -30,6 +32,21 @@ CONFIG = {
     "min_prompt_len": 0,
     "stats_log_interval": 0.2,
 }
+# Every boundary of the rule.
+BOUNDARIES = [
+    1,
+    PATTERN.n_init,
+    PATTERN.n_local,
+    PATTERN.dense_len - 1,
+    PATTERN.dense_len,
+    PATTERN.dense_len + 1,
+]
+
+
+def prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    """Random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
 
 
 @dataclass
@@ -105,10 +122,11 @@ def run_job(
         chunks[:] = [*(chunk for chunk in chunks if chunk[0] < span[0]), tuple(span)]
     ledgers = _ledgers(result["ledgers"])
     rows: Counter[str] = Counter()
-    metrics: Counter[str] = Counter()
+    metrics: dict[str, float] = {}
     for ledger in ledgers:
         rows.update(ledger.rows)
-        metrics.update(ledger.metrics)
+        for name, value in ledger.metrics.items():
+            metrics[name] = metrics.get(name, 0) + value
     if stdout_rows:
         for line in logged_rows(log):
             rows.update(line)
@@ -119,16 +137,24 @@ def run_job(
 def _ledgers(found: list[dict[str, Any]]) -> list[Ledger]:
     """What each wave added to the totals; the rows are those of the first worker, and every other one's."""
     ledgers: list[Ledger] = []
-    before: tuple[dict[str, int], dict[str, float]] = ({}, {})
+    rows_before: dict[str, int] = {}
+    metrics_before: dict[str, float] = {}
     for wave in found:
-        totals = [dict(sum(map(Counter, worker), Counter())) for worker in wave["workers"]]
+        totals = [_total(worker) for worker in wave["workers"]]
         classes = [{key: value for key, value in each.items() if key not in TOTALS} for each in totals]
         assert all(each == classes[0] for each in classes), f"workers count differently: {totals}"
-        now = (totals[0] if totals else {}, wave["metrics"])
-        rows, metrics = ({key: new[key] - old.get(key, 0) for key in new} for new, old in zip(now, before, strict=True))
-        ledgers.append(Ledger(Counter(rows), metrics, [Chunk(*chunk) for chunk in wave["chunks"]]))
-        before = now
+        rows: dict[str, int] = totals[0] if totals else {}
+        metrics: dict[str, float] = wave["metrics"]
+        new_rows = Counter({key: number - rows_before.get(key, 0) for key, number in rows.items()})
+        new_metrics = {key: value - metrics_before.get(key, 0) for key, value in metrics.items()}
+        ledgers.append(Ledger(new_rows, new_metrics, [Chunk(*chunk) for chunk in wave["chunks"]]))
+        rows_before, metrics_before = rows, metrics
     return ledgers
+
+
+def _total(counters: list[dict[str, int]]) -> dict[str, int]:
+    """Of a worker's runners."""
+    return dict(sum(map(Counter, counters), Counter[str]()))
 
 
 def logged_rows(log: str) -> list[dict[str, int]]:

@@ -16,8 +16,7 @@ from tests.cpu import fast_dtype
 from tests.engine.configurations import triangle
 from tests.engine.ledger import assert_balanced
 from tests.engine.models import save_tiny_llama
-from tests.engine.run import PATTERN, Result, errors, run_job
-from tests.engine.test_logprobs import prompts
+from tests.engine.run import PATTERN, Result, errors, prompts, run_job
 from tests.probing.models import question
 from tests.tiers import Tier
 from vllm_trimix.demo.circuit import make_demo_model

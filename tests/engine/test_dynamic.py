@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from tests.engine.models import save_tiny_llama, true_dynamic_logprobs, true_logprobs
-from tests.engine.run import PATTERN, Result, count, run_job
-from tests.engine.test_logprobs import prompts
+from tests.engine.run import PATTERN, Result, count, prompts, run_job
 from tests.tiers import Tier
 from vllm_trimix.config.shallow import resolve_shallow
 

@@ -6,29 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.engine.models import VOCAB_SIZE, save_tiny_llama
-from tests.engine.run import LAYERS, PATTERN, assert_matches_truth, both_ways, count, run_job
+from tests.engine.models import save_tiny_llama
+from tests.engine.run import BOUNDARIES, LAYERS, PATTERN, assert_matches_truth, both_ways, count, prompts, run_job
 from tests.tiers import Tier
 
 pytestmark = pytest.mark.tier("F")
 
-# Every boundary of the rule, and lengths that straddle chunks and pages.
-BOUNDARIES = [
-    1,
-    PATTERN.n_init,
-    PATTERN.n_local,
-    PATTERN.dense_len - 1,
-    PATTERN.dense_len,
-    PATTERN.dense_len + 1,
-]
+# They straddle chunks and pages.
 LONG = [131, 256, 500, 777]
-
-
-def prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
 
 
 @pytest.fixture(scope="module")

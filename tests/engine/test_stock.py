@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from tests.engine.models import save_tiny_llama
-from tests.engine.run import Result, run_job
-from tests.engine.test_logprobs import prompts
+from tests.engine.run import Result, prompts, run_job
 
 LENGTHS = [1, 60, 130, 500]
 WRONG: list[Any] = [
