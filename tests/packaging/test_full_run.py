@@ -223,9 +223,10 @@ def test_make_runs_lint_then_the_stages(checkout: Path) -> None:
     # The Makefile unsets pytest's options: they are set again here.
     options = " ".join(f"{name}='{environment()[name]}'" for name in PLAIN)
     (binaries / "python").write_text(f'#!/bin/sh\nexec env {options} {sys.executable} "$@"\n')
-    for name in ("ruff", "mypy"):
+    linters = ("ruff", "mypy", "lint-imports")
+    for name in linters:
         (binaries / name).write_text("#!/bin/sh\nexit $(cat lint-status)\n")
-    for name in ("python", "ruff", "mypy"):
+    for name in ("python", *linters):
         (binaries / name).chmod(0o755)
     for stamp in (".installed", ".installed-dev"):
         (checkout / ".venv" / stamp).touch()
