@@ -2,72 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, ClassVar
 
 import torch
-from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
-from vllm.logger import init_logger
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 
 from vllm_trimix.backend import announce, requests, settings
-from vllm_trimix.backend.dynamic import KeyCounter, LayerPatterns
-from vllm_trimix.backend.pseudo_requests import PseudoRequests, pseudo_requests
+from vllm_trimix.backend.key_counter import KeyCounter
+from vllm_trimix.backend.layer_binding import bind_layers
+from vllm_trimix.backend.pseudo_requests import pseudo_requests
+from vllm_trimix.backend.split_step import DynamicStep, StepPlan, dense_remainder, has_image_rows
 from vllm_trimix.backend.triangle.prefill import LayerGroup, TrianglePrefill
 from vllm_trimix.backend.triangle.triton_prefill import TritonPrefill
 from vllm_trimix.backend.upload import upload
-from vllm_trimix.plan import DECODE, DynamicPlan, DynamicSpan, Plan, Span, build_dynamic_plan, build_plan
-
-logger = init_logger("vllm.vllm_trimix")
-
-
-@dataclasses.dataclass
-class StepPlan:
-    """What a triangle layer needs for one step, shared by all of them.
-
-    Attributes:
-        spans: Triangle rows.
-        num_rows: How many they are.
-        block_table: Page ids, [num_requests, max_blocks], int32, on the device.
-        prefill: What computes the triangle rows on CUDA; None on CPUs.
-        prefill_step: The step, as ``prefill.run`` takes it.
-        dense_rows: Rows left to the dense backend: a slice when they are contiguous, else int64 indices; None if none.
-        dense_metadata: The dense backend's metadata for those rows.
-        stats: Counters of this engine.
-    """
-
-    spans: list[Span]
-    num_rows: int
-    block_table: torch.Tensor
-    prefill: TrianglePrefill | None
-    prefill_step: Any
-    dense_rows: slice | torch.Tensor | None
-    dense_metadata: Any
-    stats: Any
-
-
-@dataclasses.dataclass
-class DynamicStep:
-    """What a layer with dynamic patterns needs for one step, shared by all of them.
-
-    Attributes:
-        spans: Rows of the patterns.
-        num_rows: How many they are.
-        block_table: Page ids, [num_requests, max_blocks], int32, on the device.
-        dense_rows: As ``StepPlan``.
-        dense_metadata: As ``StepPlan``.
-        stats: Counters of this engine.
-        counter: Keys read, of this group's layers.
-    """
-
-    spans: list[DynamicSpan]
-    num_rows: int
-    block_table: torch.Tensor
-    dense_rows: slice | torch.Tensor | None
-    dense_metadata: Any
-    stats: Any
-    counter: KeyCounter
+from vllm_trimix.plan import DECODE, DynamicPlan, Plan, build_dynamic_plan, build_plan
 
 
 class TrimixBuilder(AttentionMetadataBuilder[Any]):
@@ -87,13 +35,21 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
         # vLLM wraps builders whose metadata it rewrites (chunked attention, static sinks): rows are not requests there.
         self._wrapped = "trimix_kernel" not in vars(type(self))
         self.resolved = settings.of(vllm_config)
-        self._impls = self._bind_layers(layer_names)
-        self._active = [impl for impl in self._impls if impl.trimix_active]
-        dynamic = [impl for impl in self._impls if impl.trimix_dynamic is not None]
+        impls = bind_layers(
+            layer_names,
+            vllm_config,
+            self.resolved,
+            dense=self.dense_name,
+            kernel=self.trimix_kernel,
+            stock_reason="wrapped_backend" if self._wrapped else None,
+            device=device,
+        )
+        self._active = [impl for impl in impls if impl.trimix_active]
+        dynamic = [impl for impl in impls if impl.trimix_dynamic is not None]
         # Builders keep persistent buffers: the dense remainder of a split step needs an instance of its own.
         self._dense_builder, self._dynamic_dense_builder = (
-            self.dense_builder_cls(kv_cache_spec, layer_names, vllm_config, device, **kwargs) if impls else None
-            for impls in (self._active, dynamic)
+            self.dense_builder_cls(kv_cache_spec, layer_names, vllm_config, device, **kwargs) if ours else None
+            for ours in (self._active, dynamic)
         )
         self._counter = KeyCounter(device) if dynamic else None
         parallel = vllm_config.parallel_config
@@ -114,50 +70,6 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
             device=device,
         )
         return TritonPrefill(group)
-
-    def _bind_layers(self, layer_names: list[str]) -> list[Any]:
-        """Tells each layer's implementation its global index; returns those that are ours."""
-        context = self.vllm_config.compilation_config.static_forward_context
-        impls, stock = [], {}
-        sparse = self._sparse_layers()
-        for name in layer_names:
-            impl: Any = getattr(context[name], "impl", None)
-            if not hasattr(impl, "trimix_active"):
-                continue
-            layer = extract_layer_index(name)
-            if layer in sparse:
-                wrapped = "wrapped_backend" if self._wrapped else None
-                reason = wrapped or impl.trimix_dense_reason or _scales_reason(context[name])
-                if reason is not None:
-                    stock[layer] = reason
-                elif layer in self.resolved.layers:
-                    impl.trimix_active = True
-                else:
-                    impl.trimix_dynamic = self._layer_patterns(impl, layer)
-            impls.append(impl)
-        if impls:
-            # Such layers are in KV-cache groups of their own, and other pipeline stages are other processes.
-            known = settings.ineligible_layers(self.vllm_config.model_config)
-            stock |= {layer: reason for layer, reason in known.items() if layer in sparse}
-            announce.start_line(
-                self.vllm_config, self.resolved, dense=self.dense_name, kernel=self.trimix_kernel, stock=stock
-            )
-        return impls
-
-    def _sparse_layers(self) -> set[int]:
-        shallow = self.resolved.shallow
-        return {*self.resolved.layers, *(shallow.layers if shallow is not None else ())}
-
-    def _layer_patterns(self, impl: Any, layer: int) -> LayerPatterns:
-        assert self.resolved.shallow is not None
-        parallel = self.vllm_config.parallel_config
-        rank = get_tensor_model_parallel_rank() if parallel.tensor_parallel_size > 1 else 0
-        first = rank * impl.num_heads
-        return LayerPatterns(
-            self.resolved.shallow.heads_of(layer, first, impl.num_heads),
-            num_kv_heads=impl.num_kv_heads,
-            device=self.device,
-        )
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -259,7 +171,7 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
     def _step_reason(self, common: CommonAttentionMetadata) -> str | None:
         if common.causal is not True:
             return "not_causal"
-        if _image_rows(common):
+        if has_image_rows(common):
             return "mm_prefix"
         if self._ubatching:
             return "ubatch"
@@ -293,7 +205,8 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
         elif plan.dense:
             dense = pseudo_requests(plan.dense)
             uploaded = upload(dense.arrays(), self.device)
-            dense_rows, dense_metadata = self._dense_remainder(dense, uploaded, common, self._dynamic_dense_builder)
+            assert self._dynamic_dense_builder is not None
+            dense_rows, dense_metadata = dense_remainder(dense, uploaded, common, self._dynamic_dense_builder)
         counter = KeyCounter(self.device) if step.warming_up else self._counter
         step.stats.watch_keys(counter)
         return DynamicStep(
@@ -317,9 +230,8 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
         if self._prefill is not None:
             prefill_step = self._prefill.bind(plan, uploaded[:num_arrays], common.block_table_tensor)
         if dense is not None:
-            dense_rows, dense_metadata = self._dense_remainder(
-                dense, uploaded[num_arrays:], common, self._dense_builder
-            )
+            assert self._dense_builder is not None
+            dense_rows, dense_metadata = dense_remainder(dense, uploaded[num_arrays:], common, self._dense_builder)
         return StepPlan(
             spans=plan.triangle,
             num_rows=plan.rows.get("triangle", 0),
@@ -330,46 +242,6 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
             dense_metadata=dense_metadata,
             stats=step.stats,
         )
-
-    def _dense_remainder(
-        self,
-        dense: PseudoRequests,
-        uploaded: list[torch.Tensor],
-        common: CommonAttentionMetadata,
-        builder: AttentionMetadataBuilder[Any] | None,
-    ) -> tuple[slice | torch.Tensor, Any]:
-        """Metadata of a batch of pseudo-requests: each dense span, with its request's own pages and keys.
-
-        Every dense span ends where its request's scheduled rows end, so that the request's key count is its own.
-        """
-        assert builder is not None
-        query_start_loc, index, *rows = uploaded
-        # PyTorch indexes by int64: converted once here instead of at every use.
-        index = index.long()
-        selection = dense.selection(rows[0] if rows else None)
-        requests_cpu = torch.from_numpy(dense.indices)
-        bound = common.seq_lens_cpu_upper_bound
-        assert bound is not None
-        bound = bound[requests_cpu]
-        remainder = common.replace(
-            query_start_loc=query_start_loc,
-            query_start_loc_cpu=torch.from_numpy(dense.starts),
-            seq_lens=common.seq_lens[index],
-            seq_lens_cpu_upper_bound=bound,
-            num_reqs=len(dense.indices),
-            num_actual_tokens=dense.num_rows,
-            max_query_len=dense.longest,
-            max_seq_len=int(bound.max()),
-            block_table_tensor=common.block_table_tensor[index],
-            slot_mapping=common.slot_mapping[selection],
-            positions=None if common.positions is None else common.positions[selection],
-            is_prefilling=None if common.is_prefilling is None else common.is_prefilling[requests_cpu],
-            req_idx=None if common.req_idx is None else common.req_idx[dense.indices],
-            mm_req_doc_ranges=None,
-            _num_computed_tokens_cache=None,
-            _token_to_req_indices_cache=None,
-        )
-        return selection, builder.build(0, remainder)
 
 
 class SharedWorkspace(TrimixBuilder):
@@ -391,22 +263,3 @@ class SharedWorkspace(TrimixBuilder):
         for builder in (self._dense_builder, self._dynamic_dense_builder):
             if builder is not None:
                 builder.set_workspace_buffer(workspace)
-
-
-def _image_rows(common: CommonAttentionMetadata) -> bool:
-    """Whether a scheduled row may lie in a bidirectional image span: the dense remainder carries no spans."""
-    ranges, lens = common.mm_req_doc_ranges, common.seq_lens_cpu_upper_bound
-    if not ranges or lens is None:
-        return bool(ranges)
-    starts = common.query_start_loc_cpu
-    return any(
-        end >= int(lens[request]) - int(starts[request + 1] - starts[request])
-        for request, spans in ranges.items()
-        for _, end in spans
-    )
-
-
-def _scales_reason(layer: Any) -> str | None:
-    """Why this layer's loaded fp8 scales keep it stock, or None."""
-    scales = (getattr(layer, name, None) for name in ("_q_scale", "_k_scale", "_v_scale"))
-    return "per_head_kv_scales" if any(scale is not None and scale.numel() != 1 for scale in scales) else None

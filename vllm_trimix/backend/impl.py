@@ -9,10 +9,10 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl
 
 from vllm_trimix.backend import dynamic, settings
-from vllm_trimix.backend.builder import DynamicStep, StepPlan
 from vllm_trimix.backend.cpu_pages import probe_layouts
 from vllm_trimix.backend.cuda_pages import CudaPages
 from vllm_trimix.backend.pages import Pages
+from vllm_trimix.backend.split_step import DynamicStep, SplitStep, StepPlan
 from vllm_trimix.backend.triangle.prefill import LayerShape
 from vllm_trimix.kernels import torch_cpu
 from vllm_trimix.kernels.layer_call import LayerCall, Scales
@@ -126,7 +126,7 @@ class TrimixImpl(AttentionImpl[Any]):
         key: torch.Tensor | None,
         value: torch.Tensor | None,
         kv_cache: torch.Tensor,
-        step: StepPlan | DynamicStep,
+        step: SplitStep,
         output: torch.Tensor,
     ) -> None:
         """The dense remainder, as a batch of its own: a view when its rows are contiguous, else gathered."""

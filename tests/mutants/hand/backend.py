@@ -139,6 +139,12 @@ GROUPS = (
                 "metadata.trimix = self._step_plan(plan, step, common_attn_metadata)",
                 'metadata.trimix = vars(self).setdefault("_kept", self._step_plan(plan, step, common_attn_metadata))',
             ),
+        ),
+    ),
+    Group(
+        "vllm_trimix/backend/split_step.py",
+        ("scenario:rows_gathered_or_sliced",),
+        (
             (
                 "dense remainder with other requests' lengths",
                 "seq_lens=common.seq_lens[index],",
@@ -149,13 +155,23 @@ GROUPS = (
                 "common.block_table_tensor[index],",
                 "common.block_table_tensor[: len(index)],",
             ),
+        ),
+    ),
+    Group(
+        "vllm_trimix/backend/builder.py",
+        ("scenario:rows_gathered_or_sliced",),
+        (
             (
                 "one dense builder for both batches",
-                "self.dense_builder_cls(kv_cache_spec, layer_names, vllm_config, device, **kwargs) if impls",
-                "self if impls",
+                "self.dense_builder_cls(kv_cache_spec, layer_names, vllm_config, device, **kwargs) if ours",
+                "self if ours",
             ),
-            ("layer index off by one", "layer = extract_layer_index(name)", "layer = extract_layer_index(name) + 1"),
         ),
+    ),
+    Group(
+        "vllm_trimix/backend/layer_binding.py",
+        ("scenario:rows_gathered_or_sliced",),
+        (("layer index off by one", "layer = extract_layer_index(name)", "layer = extract_layer_index(name) + 1"),),
     ),
     Group(
         "vllm_trimix/backend/builder.py",
