@@ -66,7 +66,7 @@ def import_model_runner() -> Any:
     model_runner.init_speculator = lambda *args, **kwargs: None
     torch.cuda.Stream = lambda *args, **kwargs: None  # type: ignore[misc,assignment]
     torch.cuda.Event = lambda *args, **kwargs: None  # type: ignore[misc,assignment]
-    torch.cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()  # type: ignore[misc,assignment]
+    torch.cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()  # type: ignore[assignment]
     return model_runner
 
 

@@ -75,8 +75,11 @@ class Recorder(TorchDispatchMode):
                 self.steps[-1].problems.append("another stream was entered")
             return stream(*args)
 
-        builder.upload, builder.TrimixBuilder.build, impl.TrimixImpl.forward = uploaded, built, forwarded
-        torch.cuda.stream = entered
+        owners: tuple[Any, ...] = (builder, builder.TrimixBuilder, impl.TrimixImpl, torch.cuda)
+        for owner, name, noted in zip(
+            owners, ("upload", "build", "forward", "stream"), (uploaded, built, forwarded, entered), strict=True
+        ):
+            setattr(owner, name, noted)
 
     def next_step(self) -> None:
         """What follows belongs to another step."""

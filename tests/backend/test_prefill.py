@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.kernels.triton_interpreter import interpreter_pool
+from tests.kernels.interpreter import interpreter_pool
 
 
 def run_idle() -> tuple[bool, bool, int]:

@@ -91,6 +91,8 @@ def dense_backend(name: str) -> Any:
 class Model(torch.nn.Module):
     """Attention layers over embeddings looked up by token id."""
 
+    runner: Any
+
     def __init__(self, runner: Any, config: Any, backend: type, generator: torch.Generator) -> None:
         super().__init__()
         # Not a submodule.
@@ -158,7 +160,7 @@ def make_runner(model_runner: Any, config: Any, backend: type, *, layout: str, s
     with set_current_vllm_config(config):
         runner = Runner(config, DEVICE)
         runner.model = Model(runner, config, backend, torch.Generator().manual_seed(seed))
-        runner.model_state = DefaultModelState(config, runner.model, None, DEVICE)  # type: ignore[arg-type]
+        runner.model_state = DefaultModelState(config, runner.model, None, DEVICE)
         runner.decode_query_len = runner.num_speculative_steps + 1
         nothing = SimpleNamespace(
             add_request=lambda *_: None, remove_request=lambda *_: None, apply_staged_writes=lambda: None

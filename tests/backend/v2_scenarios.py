@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -258,9 +259,7 @@ def dynamic_chunks(make: Make) -> tuple[Engine, Notes]:
 COMBINATIONS = ((0, "LBHNC", 1), (1, "LBNHC", 4), (5, "BLNHC", 4))
 SCENARIOS: dict[str, Callable[[Make], tuple[Engine, Notes]]] = {
     **{
-        f"random-{layout}-gqa{group}": lambda make, seed=seed, layout=layout, group=group: random_schedule(
-            make, seed=seed, layout=layout, group=group
-        )
+        f"random-{layout}-gqa{group}": functools.partial(random_schedule, seed=seed, layout=layout, group=group)
         for seed, layout, group in COMBINATIONS
     },
     **{

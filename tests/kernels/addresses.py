@@ -1,6 +1,6 @@
 """What the 64-bit addressing tests need: tensors of far strides; Triton kernels lowered to TTIR, and mutants of them.
 
-All that imports Triton runs in a worker process, as in ``triton_interpreter``.
+All that imports Triton runs in a worker process, see ``interpreter``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from tests.kernels.triton_interpreter import strided
+from tests.kernels.interpreter import strided
 
 # Strides of page, head and token, and KV heads, that no width of a tile can be taken for.
 STRIDES = (1000003, 100003, 10007)

@@ -12,7 +12,7 @@ import torch
 @pytest.fixture(scope="session")
 def interpreter() -> Iterator[Any]:
     """A pool of processes in which Triton interprets."""
-    from tests.kernels.triton_interpreter import interpreter_pool
+    from tests.kernels.interpreter import interpreter_pool
 
     with interpreter_pool() as pool:
         yield pool

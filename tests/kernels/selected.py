@@ -47,7 +47,7 @@ class Inputs(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
     selection: Selection
-    index: SparseIndex
+    index: SparseIndex  # type: ignore[assignment]  # A tuple's method, which nobody calls.
     scale: float
 
 

@@ -17,7 +17,7 @@ import torch
 from tests.budget import assert_within_budget
 from tests.kernels import addresses, test_cpp_sparse
 from tests.kernels.addresses import far
-from tests.kernels.sparse_interpreter import compiler_pool
+from tests.kernels.interpreter import compiler_pool
 from tests.tiers import Tier
 from vllm_trimix.backend.dynamic import CpuPages
 from vllm_trimix.kernels import cpp_sparse, torch_sparse

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.kernels.cpu_cases import check_dynamic_step, check_triangle_step, draw_dynamic_step, draw_triangle_step
+from tests.kernels.cpu_cases import draw_dynamic_step, draw_triangle_step
+from tests.kernels.cpu_steps import check_dynamic_step, check_triangle_step
 from tests.kernels.definition import sweep
 from tests.kernels.selected import check_selected, draw_selected
 from tests.tiers import Tier

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from tests.kernels.cpu_cases import ATTENDS, TriangleStep, check_triangle_step
+from tests.kernels.cpu_steps import ATTENDS, TriangleStep, check_triangle_step
 from tests.kernels.step import DTYPES, Scheduled, Shape
 from vllm_trimix.kernels import torch_cpu
 from vllm_trimix.kernels.torch_cpu import known_layouts, layout_from_index

@@ -13,7 +13,7 @@ import torch
 from tests.budget import is_within_budget
 from tests.kernels.answer import Answer, Part
 from tests.kernels.definition import MORE_RUNS
-from tests.kernels.triton_interpreter import on_device, read_pages, strided
+from tests.kernels.interpreter import on_device, read_pages, strided
 
 pytest.importorskip("triton", reason="the kernel needs Triton (Linux)")
 

@@ -7,7 +7,9 @@ import re
 import pytest
 import torch
 
-from tests.kernels.sparse_interpreter import SparseCase, compiler_pool, error_of, run_case, run_idle, specialisations
+from tests.kernels.interpreter import compiler_pool
+from tests.kernels.sparse_interpreter import error_of, run_case, run_idle, specialisations
+from tests.kernels.sparse_selection import SparseCase
 from vllm_trimix.patterns.selection import EVERYTHING
 
 pytest.importorskip("triton", reason="the kernel needs Triton (Linux)")

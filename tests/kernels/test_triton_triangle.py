@@ -3,13 +3,8 @@
 import pytest
 import torch
 
-from tests.kernels.triton_interpreter import (
-    Case,
-    error_of,
-    interpreted_bf16_product,
-    run_case,
-    tile_rows,
-)
+from tests.kernels.interpreter import interpreted_bf16_product
+from tests.kernels.triton_interpreter import Case, error_of, run_case, tile_rows
 
 pytest.importorskip("triton", reason="the kernel needs Triton (Linux)")
 

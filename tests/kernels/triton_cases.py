@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from tests.kernels.definition import dice
-from tests.kernels.sparse_interpreter import SparseCase
+from tests.kernels.sparse_selection import SparseCase
 from tests.kernels.test_triton_estimate import EstimateCase
 from tests.kernels.triton_interpreter import Case
 from vllm_trimix.patterns.selection import EVERYTHING

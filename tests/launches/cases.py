@@ -82,7 +82,7 @@ def compiled() -> list[Situation]:
     found = []
     patterns = ("flexprefill", "a_shape", "block_sparse")
     for number, capability in enumerate(CAPABILITIES):
-        small = {"step": "chunk2048", "capability": capability}
+        small: dict[str, Any] = {"step": "chunk2048", "capability": capability}
         heads, other = HEADS[number % 4], HEADS[(number + 1) % 4]
         pages = [PAGES[(number + turn) % 7] for turn in range(4)]
         # Of dtypes and head sizes six, the last ones being the widest's.

@@ -7,7 +7,7 @@ large but the numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -141,7 +141,12 @@ def estimate(tokens: int) -> list[tuple[str, int]]:
     return launched
 
 
-KERNELS = {"triangle": triangle, "band": partial(triangle, last=0), "sparse": sparse, "estimate": estimate}
+KERNELS: dict[str, Callable[[int], list[tuple[str, int]]]] = {
+    "triangle": triangle,
+    "band": partial(triangle, last=0),
+    "sparse": sparse,
+    "estimate": estimate,
+}
 
 
 def run(kernel: str, tokens: int) -> list[Sequence[Any]] | str:

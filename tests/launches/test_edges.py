@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels run in Triton's interpreter (Linux)")
 
-from tests.kernels.triton_interpreter import interpreter_pool
+from tests.kernels.interpreter import interpreter_pool
 from tests.launches import edges
 from tests.launches.situations import TOKENS
 

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="the kernels need Triton (Linux)")
 pytest.importorskip("vllm", reason="the steps are planned by the package's builder, which vLLM's classes are behind")
 
-from tests.kernels.sparse_interpreter import compiler_pool
+from tests.kernels.interpreter import compiler_pool
 from tests.launches import cases, limits, table, worker
 from tests.launches.situations import Situation
 
