@@ -15,7 +15,7 @@ from benchmarks.gpu.crew import Crew, Ended, Task
 from benchmarks.gpu.kernel_cases import MUST_RUN, SMALLEST, all_cases, choose, first_cases, kernel_of, pairs
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.variants import device_is_sound, interpreter_is_sound, use_device
-from tests.kernels.triton_interpreter import use_interpreter
+from tests.kernels.interpreter import use_interpreter
 
 __all__ = ["kernel_reference", "pairs"]
 

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.device == "cpu":
         # Before anything imports Triton.
-        from tests.kernels.triton_interpreter import use_interpreter
+        from tests.kernels.interpreter import use_interpreter
 
         use_interpreter()
     # It imports Triton, which must know by now whether it interprets.
