@@ -21,6 +21,7 @@ def probe_layouts(
     Raises:
         RuntimeError: The op stored something that is no permutation of its input.
     """
+    # Only vLLM's CPU build has these operators.
     from vllm import _custom_ops as ops
 
     count = block_size * head_size
