@@ -9,8 +9,8 @@ from typing import Any
 
 from benchmarks.environment import environment
 from benchmarks.gpu.prepared import FIRST, SECOND
-from benchmarks.gpu.runner import main
-from benchmarks.gpu.source import ROOT
+from benchmarks.gpu.running.runner import main
+from benchmarks.gpu.running.source import ROOT
 from benchmarks.gpu.stage import Program
 from benchmarks.gpu.stages import STAGES
 

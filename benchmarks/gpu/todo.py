@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.gpu.programs import PROGRAMS
 from benchmarks.gpu.report import load, write_atomically
-from benchmarks.gpu.source import ROOT
+from benchmarks.gpu.running.source import ROOT
 
 TODO = ROOT / "benchmarks" / "gpu" / "TODO.md"
 _ROW = re.compile(r"^\| (\d+) \| (~~)?\[([\w.-]+)\]\(#[\w-]+\)(?:~~)? \| (.*?) \| (\d+) \| ([\d.]+) \| (.*?) \|$", re.M)

@@ -257,7 +257,7 @@ def test_known_failures_are_explained_and_not_stale(tmp_path: Path) -> None:
 
 def test_modules_of_a_package() -> None:
     found = verify.modules(ROOT, "benchmarks.gpu")
-    assert {"benchmarks.gpu", "benchmarks.gpu.runner", "benchmarks.gpu.archive.fatbin"} <= set(found)
+    assert {"benchmarks.gpu", "benchmarks.gpu.running.runner", "benchmarks.gpu.archive.fatbin"} <= set(found)
 
 
 def test_what_verify_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

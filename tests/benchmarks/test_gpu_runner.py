@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from benchmarks.gpu.report import save
-from benchmarks.gpu.source import source_digest
+from benchmarks.gpu.running.source import source_digest
 from tests.benchmarks.trivial import Trivial
 
 
@@ -147,7 +147,7 @@ def test_what_was_taken_home_counts_on_the_next_machine(trivial: Trivial, tmp_pa
 
 
 def test_a_long_log_keeps_its_ends(tmp_path: Path) -> None:
-    from benchmarks.gpu.bundle import _MOST_LOG_BYTES, _ends
+    from benchmarks.gpu.running.bundle import _MOST_LOG_BYTES, _ends
 
     log = tmp_path / "a.log"
     log.write_bytes(b"first " + bytes(_MOST_LOG_BYTES) + b" last")

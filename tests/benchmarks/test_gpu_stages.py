@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu.report import load
-from benchmarks.gpu.source import ROOT as SOURCE_ROOT
+from benchmarks.gpu.running.source import ROOT as SOURCE_ROOT
 from benchmarks.gpu.stage import STAGE_LIMIT
 from benchmarks.gpu.stages import STAGES
 from tests.benchmarks.reports import make_report
@@ -32,9 +33,9 @@ def test_the_registry() -> None:
     assert [stage.name for stage in STAGES[:2]] == ["smoke", "kernel_reference"]
 
 
-def run_all(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+def run_all(*arguments: str, script: Path = RUN_ALL, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", str(RUN_ALL), *arguments],
+        ["bash", str(script), *arguments],
         env={**os.environ, "PYTHON": sys.executable, **env},
         capture_output=True,
         text=True,
@@ -47,13 +48,17 @@ def test_what_run_all_refuses(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     venv.create(tmp_path / "bare", with_pip=False)
     bare = str(tmp_path / "bare" / "bin" / "python")
+    # A packed vLLM in this checkout would stand in for the one that the bare interpreter lacks.
+    copy = tmp_path / "checkout"
+    shutil.copytree(ROOT / "benchmarks", copy / "benchmarks", ignore=shutil.ignore_patterns("results", "__pycache__"))
+    (copy / "vllm_trimix").symlink_to(ROOT / "vllm_trimix")
     for arguments, env, message in (
         (["--archive", str(tmp_path / "gone")], {}, f"--archive: no folder '{tmp_path}/gone'"),
         (["--archive", str(tmp_path / "empty")], {}, f"'{tmp_path}/empty' has no unpack.sh, inside or beside it"),
         ([], {"PYTHON": "python0.1"}, "no interpreter 'python0.1'; name one: PYTHON=/path/to/python3"),
         (["--toy"], {"PYTHON": bare}, f"{bare} can't import pydantic"),
     ):
-        found = run_all(*arguments, TMPDIR=str(tmp_path), **env)
+        found = run_all(*arguments, script=copy / RUN_ALL.relative_to(ROOT), TMPDIR=str(tmp_path), **env)
         assert found.returncode == 2, found.stderr
         assert found.stderr.startswith("run_all.sh: error: ")
         assert message in found.stderr

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 TRIVIAL = """
 import json, os, subprocess, sys, time
 from pathlib import Path
-from benchmarks.gpu.runner import main
+from benchmarks.gpu.running.runner import main
 from benchmarks.gpu.stage import Program, Stage
 
 def good(report):

@@ -1,6 +1,6 @@
 """The process of one stage.
 
-python -m benchmarks.gpu.stage_process RESULT.json MODULE:FUNCTION
+python -m benchmarks.gpu.running.stage_process RESULT.json MODULE:FUNCTION
 """
 
 from __future__ import annotations

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.bundle import write_bundle
 from benchmarks.gpu.report import granted_file, load, save, waiting_file
-from benchmarks.gpu.source import ROOT, source_digest
+from benchmarks.gpu.running.bundle import write_bundle
+from benchmarks.gpu.running.source import ROOT, source_digest
+from benchmarks.gpu.running.supervisor import TIME_RAN_OUT
 from benchmarks.gpu.stage import Stage
-from benchmarks.gpu.supervisor import TIME_RAN_OUT
 
 _POLL_SECONDS = 0.1
 _STOP_SECONDS = 20.0
@@ -203,8 +203,9 @@ class Schedule:
         prepared = stage.use == "prepared"
         limit = min(self._limit(stage, preparing=prepared), rest)
         # A prepared stage may wait for hours in a run without a budget: its phases are timed here.
-        command = [sys.executable, "-m", "benchmarks.gpu.supervisor", "inf" if prepared else f"{limit}", str(log)]
-        command += [sys.executable, "-m", "benchmarks.gpu.stage_process", str(path), stage.function]
+        seconds = "inf" if prepared else f"{limit}"
+        command = [sys.executable, "-m", "benchmarks.gpu.running.supervisor", seconds, str(log)]
+        command += [sys.executable, "-m", "benchmarks.gpu.running.stage_process", str(path), stage.function]
         slot = self._slots.pop(0)
         supervisor = subprocess.Popen(
             command, cwd=ROOT, env=self._env(stage, slot), stdin=subprocess.DEVNULL, start_new_session=True

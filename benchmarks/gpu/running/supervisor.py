@@ -1,6 +1,6 @@
 """Between the runner and a stage: holds the stage to its time, and ends whatever it started.
 
-python -m benchmarks.gpu.supervisor SECONDS LOG COMMAND...
+python -m benchmarks.gpu.running.supervisor SECONDS LOG COMMAND...
 
 Every descendant of a stage is a descendant of its supervisor, also when the process between them is gone, so stages
 that run side by side can be ended one by one. The exit status is the command's; 124 if its time ran out.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from benchmarks.gpu.processes import Terminated, adopt_orphans, end_descendants, run_limited, terminable
+from benchmarks.gpu.running.processes import Terminated, adopt_orphans, end_descendants, run_limited, terminable
 
 TIME_RAN_OUT = 124
 

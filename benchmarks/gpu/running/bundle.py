@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.report import load, save, write_atomically
+from benchmarks.gpu.running.summary import summary
 from benchmarks.gpu.stage import Stage
-from benchmarks.gpu.summary import summary
 
 # The end of a log says how it ended, and its start what ran.
 _MOST_LOG_BYTES = 2**18

@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.bundle import restore
-from benchmarks.gpu.processes import Terminated, terminable
 from benchmarks.gpu.report import write_atomically
-from benchmarks.gpu.schedule import Options, Schedule
-from benchmarks.gpu.source import ROOT
+from benchmarks.gpu.running.bundle import restore
+from benchmarks.gpu.running.processes import Terminated, terminable
+from benchmarks.gpu.running.schedule import Options, Schedule
+from benchmarks.gpu.running.source import ROOT
+from benchmarks.gpu.running.summary import summary
 from benchmarks.gpu.stage import STAGE_LIMIT, Program, Stage
-from benchmarks.gpu.summary import summary
 
 _MOST_JOBS = {"cpu": 2, "cuda": 8}
 
