@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -61,27 +65,14 @@ def measure(
                     dataset = scratch / "prompts.jsonl"
                     write_dataset(prompts, model, dataset, length=length, count=concurrency, seed=seed)
                 load = Load(length, concurrency, decode_tokens, seed, dataset)
-                measurements, idle = {}, dict.fromkeys((server.name for server in servers), 0.0)
+                measurements: dict[str, dict[str, Any]] = {}
+                idle = dict.fromkeys((server.name for server in servers), 0.0)
                 for server in servers if repeat % 2 else servers[::-1]:
                     bar.set_description(f"{length} tokens x {concurrency}, {server.name}")
-                    others = [other for other in servers if other is not server]
-                    used, start = [other.cpu_seconds() for other in others], time.monotonic()
-                    with server.awake():
-                        server.reset_peak()
-                        log_start = server.log_size()
-                        measurements[server.name] = {
-                            **ask(server, model, load, log),
-                            "peak_memory_bytes": server.peak_memory(),
-                            "gpu_memory_bytes": server.gpu_memory(),
-                        }
-                        if server.name in dynamic:
-                            # Untimed: until the line that counts this request is written.
-                            time.sleep(2 * STATS_SECONDS)
-                            counted = server.counters(log_start)
-                            measurements[server.name] |= {key: counted[key] for key in KEY_COUNTERS}
-                    for other, before in zip(others, used, strict=True):
-                        share = (other.cpu_seconds() - before) / (time.monotonic() - start)
-                        idle[other.name] = max(idle[other.name], share)
+                    with _watched([other for other in servers if other is not server], idle), server.awake():
+                        measurements[server.name] = _measurement(
+                            server, functools.partial(ask, server, model, load, log), dynamic=server.name in dynamic
+                        )
                     bar.update()
                 for name, share in idle.items():
                     if share > _MAX_IDLE_CPU:
@@ -90,3 +81,26 @@ def measure(
                 if repeat != _WARM_UP:
                     key = {"length": length, "concurrency": concurrency, "repeat": repeat}
                     rounds.add({**key, "measurements": measurements})
+
+
+def _measurement(server: Server, ask: Callable[[], dict[str, Any]], *, dynamic: bool) -> dict[str, Any]:
+    """What asking an awake server gave, with its memory, and what its pattern read if that is counted."""
+    server.reset_peak()
+    log_start = server.log_size()
+    found = {**ask(), "peak_memory_bytes": server.peak_memory(), "gpu_memory_bytes": server.gpu_memory()}
+    if dynamic:
+        # Untimed: until the line that counts this request is written.
+        time.sleep(2 * STATS_SECONDS)
+        counted = server.counters(log_start)
+        found |= {key: counted[key] for key in KEY_COUNTERS}
+    return found
+
+
+@contextlib.contextmanager
+def _watched(others: list[Server], idle: dict[str, float]) -> Iterator[None]:
+    """Keeps the largest share of a core that each of the idle servers used meanwhile."""
+    used, start = [other.cpu_seconds() for other in others], time.monotonic()
+    yield
+    for other, before in zip(others, used, strict=True):
+        share = (other.cpu_seconds() - before) / (time.monotonic() - start)
+        idle[other.name] = max(idle[other.name], share)
