@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.kernels.problem import Problem, plan_steps, split_cpu_cache
-from vllm_trimix.backend.cpu_pages import probe_layouts
+from vllm_trimix.backend.cpu_layouts import probe_layouts
 from vllm_trimix.kernels import torch_cpu
 from vllm_trimix.plan import Span
 

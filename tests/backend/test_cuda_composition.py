@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.backend.report import DENSE, crash, wrong_counts, wrong_density, wrong_notes, wrong_rows
-from vllm_trimix.backend import dynamic
+from vllm_trimix.backend.dynamic import prefill as dynamic
 from vllm_trimix.patterns.estimate import MAX_SCORES
 
 SCENARIOS = (

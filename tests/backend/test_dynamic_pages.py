@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_trimix.backend.cuda_pages import CudaPages, dequantised
+from vllm_trimix.backend.dynamic.cuda_pages import CudaPages, dequantised
 from vllm_trimix.kernels.layer_call import LayerCall, Scales
 
 

@@ -34,7 +34,7 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator([(ROOT / "README.md").read_text()], trainer)
+    tokenizer.train_from_iterator([(ROOT / "tests/data/prose.txt").read_text()], trainer)
     directory = tmp_path_factory.mktemp("bpe")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
     return directory

@@ -29,7 +29,7 @@ def english(template: str | None = None, *, max_length: int = 512) -> Any:
         show_progress=False,
     )
     words = [word for word in vocabulary() if word.isalpha()]
-    tokenizer.train_from_iterator([(ROOT / "README.md").read_text(), " ".join(words)], trainer)
+    tokenizer.train_from_iterator([(ROOT / "tests/data/prose.txt").read_text(), " ".join(words)], trainer)
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", model_max_length=max_length)
     made.chat_template = template
     return made

@@ -10,8 +10,12 @@ from typing import Any
 
 import torch
 
-from vllm_trimix.backend import dynamic
-from vllm_trimix.kernels.sparse_index import SparseIndex
+from vllm_trimix.backend.dynamic import cpu_pages
+from vllm_trimix.backend.dynamic import prefill as dynamic
+from vllm_trimix.backend.dynamic.cpu_pages import CpuPages, DenseTokens
+from vllm_trimix.backend.dynamic.key_counter import KeyCounter
+from vllm_trimix.backend.dynamic.layer_patterns import LayerPatterns
+from vllm_trimix.kernels.sparse_index import Place, SparseIndex
 from vllm_trimix.kernels.torch_cpu import known_layouts
 from vllm_trimix.patterns.registry import make_pattern
 from vllm_trimix.plan import DynamicSpan, Span
@@ -19,7 +23,7 @@ from vllm_trimix.plan import DynamicSpan, Span
 BLOCK_SIZE = 128
 
 
-class CountedPages(dynamic.CpuPages):
+class CountedPages(CpuPages):
     """Pages that note how much is gathered and listed at once."""
 
     most_gathered = 0
@@ -29,7 +33,7 @@ class CountedPages(dynamic.CpuPages):
     parts = 0
     slabs = 0
 
-    def gather(self, request: int, num_keys: int, first_head: int, num_heads: int) -> dynamic.DenseTokens:
+    def gather(self, request: int, num_keys: int, first_head: int, num_heads: int) -> DenseTokens:
         self.still_held += self.previous is not None and self.previous() is not None
         gathered = super().gather(request, num_keys, first_head, num_heads)
         self.previous = weakref.ref(gathered.k)
@@ -40,9 +44,9 @@ class CountedPages(dynamic.CpuPages):
     def attend(
         self,
         q: torch.Tensor,
-        gathered: dynamic.DenseTokens,
+        gathered: DenseTokens,
         index: SparseIndex,
-        place: dynamic.Place,
+        place: Place,
         out: torch.Tensor,
         keys_read: torch.Tensor,
     ) -> None:
@@ -80,7 +84,7 @@ def main() -> None:
     num_heads, num_kv_heads, num_keys, num_rows = (job[key] for key in ("heads", "kv_heads", "keys", "rows"))
     head_size = job["head_size"]
     patterns = [make_pattern(entry, where="job") for entry in job["patterns"]]
-    layer = dynamic.LayerPatterns(
+    layer = LayerPatterns(
         [patterns[head % len(patterns)] for head in range(num_heads)],
         num_kv_heads=num_kv_heads,
         device=torch.device("cpu"),
@@ -91,8 +95,8 @@ def main() -> None:
     pages = CountedPages(k_pages, v_pages, block_table, (layout, layout), BLOCK_SIZE, head_size**-0.5)
     q = torch.ones(num_rows, num_heads, head_size, dtype=torch.bfloat16)
     out = torch.full_like(q, torch.nan)
-    counter = dynamic.KeyCounter(torch.device("cpu"))
-    dynamic.cpu_kernel()
+    counter = KeyCounter(torch.device("cpu"))
+    cpu_pages.cpu_kernel()
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     dynamic.prefill(layer, [DynamicSpan(Span(0, 0, num_rows, num_keys - num_rows), num_keys)], q, pages, out, counter)

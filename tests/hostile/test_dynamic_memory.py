@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.tiers import Tier
-from vllm_trimix.backend import dynamic
+from vllm_trimix.backend.dynamic import prefill as dynamic
 from vllm_trimix.patterns.estimate import MAX_SCORES
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,11 @@ import torch
 from tests.kernels.definition import compare
 from tests.kernels.selected import kernel_of
 from tests.kernels.step import Scheduled, Shape, attend_stock, build, planned
-from vllm_trimix.backend import dynamic
+from vllm_trimix.backend.dynamic import cpu_pages
+from vllm_trimix.backend.dynamic import prefill as dynamic
+from vllm_trimix.backend.dynamic.cpu_pages import CpuPages
+from vllm_trimix.backend.dynamic.key_counter import KeyCounter
+from vllm_trimix.backend.dynamic.layer_patterns import LayerPatterns
 from vllm_trimix.kernels import torch_cpu
 from vllm_trimix.patterns.base import DynamicPattern
 from vllm_trimix.patterns.selection import Chunk, Selection
@@ -164,8 +168,8 @@ def check_dynamic_step(case: DynamicStep) -> None:
         *planned(case.requests), last_n=case.last_n, min_seq_len=case.min_seq_len, min_rows=case.min_rows
     )
     heads = [case.patterns[head % len(case.patterns)] for head in range(shape.num_heads)]
-    patterns = dynamic.LayerPatterns(heads, num_kv_heads=shape.num_kv_heads, device=torch.device("cpu"))
-    pages = dynamic.CpuPages(*tensors.pages, tensors.block_table, tensors.layouts, shape.page_size, scale)
+    patterns = LayerPatterns(heads, num_kv_heads=shape.num_kv_heads, device=torch.device("cpu"))
+    pages = CpuPages(*tensors.pages, tensors.block_table, tensors.layouts, shape.page_size, scale)
     choices: list[Selection] = []
 
     def select(groups: Any, chunk: Chunk) -> Selection:
@@ -173,11 +177,11 @@ def check_dynamic_step(case: DynamicStep) -> None:
         return choices[-1]
 
     chosen = dynamic.select
-    counter = dynamic.KeyCounter(torch.device("cpu"))
+    counter = KeyCounter(torch.device("cpu"))
     with ExitStack() as patched:
         patch = functools.partial(mock.patch.object, dynamic)
         patched.enter_context(patch("select", select))
-        patched.enter_context(patch("cpu_kernel", lambda: kernel_of(case.kernel)))
+        patched.enter_context(mock.patch.object(cpu_pages, "cpu_kernel", return_value=kernel_of(case.kernel)))
         if case.slab:
             longest = max(request.end for request in case.requests)
             patched.enter_context(patch("MAX_KEY_BYTES", case.slab * longest * pages.bytes_per_token))

@@ -207,7 +207,7 @@ def _store_as_vllm(
     shape: Shape, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, num_blocks: int
 ) -> tuple[torch.Tensor, tuple[PageLayout, PageLayout]]:
     """Pages by vLLM's operator; stale numbers beside the requests' keys, because its kernel multiplies them by 0."""
-    from vllm_trimix.backend.cpu_pages import probe_layouts
+    from vllm_trimix.backend.cpu_layouts import probe_layouts
 
     cache = torch.full((num_blocks, shape.num_kv_heads, 2 * shape.page_size, shape.head_size), torch.nan, dtype=k.dtype)
     cache[(slots // shape.page_size).unique()] = STALE

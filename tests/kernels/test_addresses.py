@@ -19,7 +19,7 @@ from tests.kernels import addresses, test_cpp_sparse
 from tests.kernels.addresses import far
 from tests.kernels.interpreter import compiler_pool
 from tests.tiers import Tier
-from vllm_trimix.backend.dynamic import CpuPages
+from vllm_trimix.backend.dynamic.cpu_pages import CpuPages
 from vllm_trimix.kernels import cpp_sparse, torch_sparse
 from vllm_trimix.kernels.reference import gather_pages, masked_attention
 from vllm_trimix.kernels.torch_cpu import known_layouts, triangle_prefill

@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 from tests.launches.findings import judge
 from tests.launches.recorder import recording
 from tests.launches.situations import META, TOKENS, Layer, Rows, Situation
-from vllm_trimix.backend.key_counter import KeyCounter
+from vllm_trimix.backend.dynamic.key_counter import KeyCounter
 from vllm_trimix.backend.triangle.triton_prefill import TritonPrefill
 from vllm_trimix.kernels import triton_sparse, work_items
 

@@ -161,8 +161,8 @@ class Layer:
 
     def __init__(self, situation: Situation) -> None:
         """Makes what lives as long as an engine; call it while launches are recorded."""
-        from vllm_trimix.backend.key_counter import KeyCounter
-        from vllm_trimix.backend.layer_patterns import LayerPatterns
+        from vllm_trimix.backend.dynamic.key_counter import KeyCounter
+        from vllm_trimix.backend.dynamic.layer_patterns import LayerPatterns
         from vllm_trimix.backend.triangle.prefill import LayerGroup, LayerShape
         from vllm_trimix.backend.triangle.triton_prefill import TritonPrefill
         from vllm_trimix.patterns.triangle import Triangle

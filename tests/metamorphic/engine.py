@@ -15,7 +15,11 @@ from unittest import mock
 
 import torch
 
-from vllm_trimix.backend import dynamic
+from vllm_trimix.backend.dynamic import cpu_pages
+from vllm_trimix.backend.dynamic import prefill as dynamic
+from vllm_trimix.backend.dynamic.cpu_pages import CpuPages
+from vllm_trimix.backend.dynamic.key_counter import KeyCounter
+from vllm_trimix.backend.dynamic.layer_patterns import LayerPatterns
 from vllm_trimix.config.shallow import Shallow
 from vllm_trimix.kernels import cpp_sparse, torch_sparse
 from vllm_trimix.kernels.reference import masked_attention
@@ -219,17 +223,17 @@ class Engine:
         queries = torch.cat(q)
         out = torch.full_like(queries, math.nan)
         k_pages, v_pages = self.cache[:, number, rank]
-        pages_of = dynamic.CpuPages(k_pages, v_pages, table, self.layouts, spec.page_size, spec.head_size**-0.5)
+        pages_of = CpuPages(k_pages, v_pages, table, self.layouts, spec.page_size, spec.head_size**-0.5)
         if isinstance(plan, DynamicPlan):
             assert spec.shallow is not None
             patterns = spec.shallow.heads_of(number, rank * heads, heads)
-            layer = dynamic.LayerPatterns(patterns, num_kv_heads=self.kv_heads, device=torch.device("cpu"))
+            layer = LayerPatterns(patterns, num_kv_heads=self.kv_heads, device=torch.device("cpu"))
             kernel = (cpp_sparse if spec.compiled else torch_sparse).sparse_prefill
             with (
-                mock.patch.object(dynamic, "cpu_kernel", return_value=kernel),
+                mock.patch.object(cpu_pages, "cpu_kernel", return_value=kernel),
                 mock.patch.object(dynamic, "select", self._select),
             ):
-                dynamic.prefill(layer, plan.spans, queries, pages_of, out, dynamic.KeyCounter(torch.device("cpu")))
+                dynamic.prefill(layer, plan.spans, queries, pages_of, out, KeyCounter(torch.device("cpu")))
         elif plan.triangle:
             triangle_prefill(
                 queries,
@@ -255,7 +259,7 @@ class Engine:
         self.selected.append(select(*arguments))
         return self.selected[-1]
 
-    def _dense(self, q: torch.Tensor, pages: dynamic.CpuPages, span: Span, out: torch.Tensor) -> None:
+    def _dense(self, q: torch.Tensor, pages: CpuPages, span: Span, out: torch.Tensor) -> None:
         end = span.position + span.num_rows
         k, v = (x.transpose(0, 1) for x in pages.gather(span.request, end, 0, self.kv_heads))
         rows = slice(span.first_row, span.first_row + span.num_rows)

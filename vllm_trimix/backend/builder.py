@@ -8,7 +8,7 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 
 from vllm_trimix.backend import announce, requests, settings
-from vllm_trimix.backend.key_counter import KeyCounter
+from vllm_trimix.backend.dynamic.key_counter import KeyCounter
 from vllm_trimix.backend.layer_binding import bind_layers
 from vllm_trimix.backend.pseudo_requests import pseudo_requests
 from vllm_trimix.backend.split_step import DynamicStep, StepPlan, dense_remainder, has_image_rows

@@ -8,10 +8,13 @@ import torch
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl
 
-from vllm_trimix.backend import dynamic, settings
-from vllm_trimix.backend.cpu_pages import probe_layouts
-from vllm_trimix.backend.cuda_pages import CudaPages
-from vllm_trimix.backend.pages import Pages
+from vllm_trimix.backend import settings
+from vllm_trimix.backend.cpu_layouts import probe_layouts
+from vllm_trimix.backend.dynamic import prefill as dynamic
+from vllm_trimix.backend.dynamic.cpu_pages import CpuPages
+from vllm_trimix.backend.dynamic.cuda_pages import CudaPages
+from vllm_trimix.backend.dynamic.layer_patterns import LayerPatterns
+from vllm_trimix.backend.dynamic.pages import Pages
 from vllm_trimix.backend.split_step import DynamicStep, SplitStep, StepPlan
 from vllm_trimix.backend.triangle.prefill import LayerShape
 from vllm_trimix.kernels import torch_cpu
@@ -63,7 +66,7 @@ class TrimixImpl(AttentionImpl[Any]):
         super().__init__(*args, **kwargs)
         given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
         self.trimix_active = False
-        self.trimix_dynamic: dynamic.LayerPatterns | None = None
+        self.trimix_dynamic: LayerPatterns | None = None
         self.trimix_dense_reason = _dense_reason(given, self.trimix_kernel)
         self._triangle = settings.current().triangle
         self._kv_cache_dtype = str(given.get("kv_cache_dtype", "auto"))
@@ -187,7 +190,7 @@ class TrimixImpl(AttentionImpl[Any]):
         pages: Pages
         if self.trimix_kernel == "torch_cpu":
             k_pages, v_pages, layouts = self._cpu_pages(layer, kv_cache)
-            pages = dynamic.CpuPages(k_pages, v_pages, step.block_table, layouts, kv_cache.shape[2], self.scale)
+            pages = CpuPages(k_pages, v_pages, step.block_table, layouts, kv_cache.shape[2], self.scale)
         else:
             pages = self._cuda_pages(layer, query, kv_cache, step.block_table, output)
         dynamic.prefill(self.trimix_dynamic, step.spans, query, pages, output, step.counter)

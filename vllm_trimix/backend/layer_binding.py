@@ -9,7 +9,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_trimix.backend import announce, settings
-from vllm_trimix.backend.layer_patterns import LayerPatterns
+from vllm_trimix.backend.dynamic.layer_patterns import LayerPatterns
 from vllm_trimix.config.entry import Resolved
 
 

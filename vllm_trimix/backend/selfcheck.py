@@ -10,7 +10,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_trimix.backend import settings
-from vllm_trimix.backend.cpu_pages import probe_layouts
+from vllm_trimix.backend.cpu_layouts import probe_layouts
 from vllm_trimix.backend.names import ENTRY, NAME
 from vllm_trimix.backend.registration import register_trimix
 from vllm_trimix.backend.triangle.prefill import LayerGroup, LayerShape

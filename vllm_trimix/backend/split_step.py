@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
 
-from vllm_trimix.backend.key_counter import KeyCounter
+from vllm_trimix.backend.dynamic.key_counter import KeyCounter
 from vllm_trimix.backend.pseudo_requests import PseudoRequests
 from vllm_trimix.backend.triangle.prefill import TrianglePrefill
 from vllm_trimix.plan import DynamicSpan, Span

@@ -22,7 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "make-demo-model": ("vllm_trimix.cli.make_demo_model", "write the hand-set retrieval model, no download"),
     "make-demo-prompt": ("vllm_trimix.cli.make_demo_prompt", "print a prompt with a known answer as JSON"),
     "make-trained-model": ("vllm_trimix.cli.make_trained_model", "train a small retrieval model from scratch"),
-    "patterns": ("vllm_trimix.cli.patterns", "list the dynamic patterns, or show what a head file holds"),
+    "patterns": ("vllm_trimix.cli.patterns", "list the patterns, or show what a head file holds"),
     "presets": ("vllm_trimix.cli.presets", "list the shipped presets, or show one"),
     "probe": ("vllm_trimix.cli.probe", "find the triangle layers of a model, with the evidence"),
     "report": ("vllm_trimix.cli.report", "put results of benchmarks and of these commands into one HTML page"),

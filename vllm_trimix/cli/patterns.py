@@ -40,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds the command's arguments."""
     parser = subparsers.add_parser(
         "patterns",
-        help="list the dynamic patterns, or show what a head file holds",
+        help="list the patterns, or show what a head file holds",
         description="The triangle is for layers of the triangle set. Dynamic patterns are for layers outside it: they "
         "choose keys for each head while a prompt is prefilled (docs/patterns.md).",
     )

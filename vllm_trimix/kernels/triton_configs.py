@@ -1,7 +1,7 @@
 """Launch shapes of the Triton kernel: one small table, keyed by head size, element size and GPU generation.
 
 Nothing is tuned at run time, and no length is a key. What each entry costs in registers, shared memory and instructions
-is in ``docs/kernels.md``, from ``python -m vllm_trimix.kernels.triton_compile``.
+is in ``docs/kernel-tables.md``, from ``python -m vllm_trimix.kernels.triton_compile``.
 """
 
 from __future__ import annotations

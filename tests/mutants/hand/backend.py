@@ -37,11 +37,17 @@ GROUPS = (
         ),
     ),
     Group(
-        "vllm_trimix/backend/dynamic.py",
+        "vllm_trimix/backend/dynamic/prefill.py",
         (f"{NUMERICS}::test_steps_of_dynamic_layers",),
         (
             ("all slabs write the first heads", "- position, heads.start)", "- position, 0)"),
             ("parts of a chunk write its first rows", "first_row + part.tiles.position - position,", "first_row,"),
+        ),
+    ),
+    Group(
+        "vllm_trimix/backend/dynamic/cpu_pages.py",
+        (f"{NUMERICS}::test_steps_of_dynamic_layers",),
+        (
             (
                 "keys of another request's pages",
                 "pages = self.block_table[request, : -(-num_keys // self.block_size)]",
@@ -50,7 +56,7 @@ GROUPS = (
         ),
     ),
     Group(
-        "vllm_trimix/backend/layer_patterns.py",
+        "vllm_trimix/backend/dynamic/layer_patterns.py",
         ("tests/hostile/test_dynamic_memory.py::test_scores_of_a_long_chunk_are_bounded",),
         (
             (

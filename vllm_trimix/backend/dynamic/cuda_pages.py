@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vllm_trimix.backend.layer_patterns import LayerPatterns
-from vllm_trimix.backend.pages import Pages, Sums
+from vllm_trimix.backend.dynamic.layer_patterns import LayerPatterns
+from vllm_trimix.backend.dynamic.pages import Pages, Sums
 from vllm_trimix.kernels.layer_call import LayerCall
 from vllm_trimix.kernels.sparse_index import Place, SparseIndex, idle_index
 
