@@ -113,6 +113,7 @@ def test_the_contracts_are_kept(checkout: Path) -> None:
         ("backend/engines", "from vllm_trimix.evaluation import sample", "What serves knows nothing"),
         ("probing", "from vllm_trimix.backend import compat", "What helps starts engines"),
         ("stats", "from benchmarks import models", "The package stands without its benchmarks"),
+        ("../benchmarks/kernels", "from benchmarks.serving import rows", "Benchmarks are commands"),
         # Inside a function counts too.
         ("patterns/a_shape", "def f():\n    from vllm_trimix.patterns import registry", "No circles"),
         ("new", "", "Commands on what helps"),

@@ -43,6 +43,6 @@ def check(archive: int, tree: int, limit: int = LIMIT) -> str:
     if archive + tree > limit:
         raise ValueError(
             f"{sizes} is over the limit of {limit / MIB:.0f} MiB; move large files out of the checkout, or leave "
-            "more packages out of the archive (LEFT_OUT in benchmarks/gpu/archive/closure.py)"
+            "more packages out of the archive (LEFT_OUT in benchmarks/gpu/archive/packages.py)"
         )
     return f"{sizes}, of {limit / MIB:.0f} MiB"
