@@ -38,6 +38,7 @@ IMPORTED = [
     "vllm_trimix",
     "vllm_trimix.backend",
     "vllm_trimix.backend.compat",
+    "vllm_trimix.backend.names",
     "vllm_trimix.backend.registration",
     "vllm_trimix.plugin",
 ]
