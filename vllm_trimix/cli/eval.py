@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import difflib
 import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_trimix.cli import arguments, hf_model
+from vllm_trimix.cli import arguments, eval_choices, hf_model
 from vllm_trimix.cli.output import teller
 from vllm_trimix.config.entry import Resolved
-from vllm_trimix.config.resolve import resolve
 
 TAKES_ENGINE_FLAGS = True
 
@@ -84,18 +81,7 @@ def run(args: argparse.Namespace) -> int:
     # Heavy: scipy and the suites' own packages.
     from vllm_trimix.evaluation.suites.registry import SUITES
 
-    if args.suite not in SUITES:
-        raise ValueError(
-            f"SUITE: {args.suite!r} is not a suite{_near(args.suite, SUITES)}; there are {', '.join(SUITES)}"
-        )
-    suite = SUITES[args.suite]
-    for flag, value, reader in (
-        ("--prompts", args.prompts, "agreement"),
-        ("--text", args.text, "ppl"),
-        ("--depths", args.depths, "niah"),
-    ):
-        if value is not None and suite.name != reader:
-            raise ValueError(f"{flag}: {value}: only the suite {reader} reads it; leave it out for {suite.name}")
+    suite = eval_choices.suite(args, SUITES)
     source = hf_model.describe(args.model, trust_remote_code=args.trust_remote_code)
     # Heavy: scipy and the suites' own packages.
     from vllm_trimix.evaluation import askers, languages
@@ -105,20 +91,20 @@ def run(args: argparse.Namespace) -> int:
     from vllm_trimix.evaluation.suite import Context
 
     language = languages.detect(source.tokenizer)
-    lengths = _lengths(args.lengths, suite.lengths, source.max_length, args.model)
+    lengths = eval_choices.lengths(args.lengths, suite.lengths, source.max_length, args.model)
     context = Context(
         tokenizer=source.tokenizer,
         language=language,
         seed=args.seed,
         chat=args.chat_template,
-        depths=_depths(args.depths) or suite.depths,
+        depths=eval_choices.depths(args.depths) or suite.depths,
         prompts=args.prompts,
         text=args.text,
     )
     if args.chat_template and not getattr(source.tokenizer, "chat_template", None):
         raise ValueError(f"--chat-template: the tokenizer of {args.model} has no chat template; leave the flag out")
-    tasks = _tasks(args.tasks, suite, language)
-    configurations = _configurations(args, source, suite.entry)
+    tasks = eval_choices.tasks(args.tasks, suite, language)
+    configurations = eval_choices.configurations(args, source, suite.entry)
     samples = args.samples or suite.samples
     folder = args.output or Path("trimix-eval") / suite.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -204,97 +190,3 @@ def _finish(
     for name in dict.fromkeys(idle):
         print(f"{name}: no row ran sparse; see vllm-trimix doctor", file=sys.stderr)
     return int(bool(evaluation.failed or evaluation.failures or idle))
-
-
-def _tasks(asked: str | None, suite: Any, language: str) -> dict[str, Any]:
-    there = suite.tasks.get(language, {})
-    if not there:
-        raise ValueError(f"SUITE: {suite.name} has no task in the language of this model ({language})")
-    if asked is None:
-        return dict(there)
-    names = [name for name in asked.split(",") if name]
-    for name in names:
-        if name not in there:
-            everywhere = {task for tasks in suite.tasks.values() for task in tasks}
-            why = f"can't be said in the language of this model ({language})" if name in everywhere else "is not a task"
-            raise ValueError(f"--tasks: {name!r} {why}{_near(name, there)}; {suite.name} has {', '.join(there)}")
-    return {name: there[name] for name in there if name in names}
-
-
-def _near(name: str, there: Any) -> str:
-    found = difflib.get_close_matches(name, list(there), n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
-
-
-def _lengths(asked: str | None, default: Sequence[int], limit: int | None, model: str) -> tuple[int, ...]:
-    if asked is None:
-        fitting = tuple(length for length in default if limit is None or length <= limit)
-        # A model of short prompts is asked as long ones as it takes.
-        return fitting or (int(limit or default[0]),)
-    lengths = []
-    for text in asked.split(","):
-        if not text.strip().isdecimal() or int(text) == 0:
-            raise ValueError(f"--lengths: {text!r} is not a number of tokens; write e.g. 4096,16384")
-        if limit is not None and int(text) > limit:
-            raise ValueError(f"--lengths: {text} tokens: {model} takes {limit}; choose at most that")
-        lengths.append(int(text))
-    return tuple(sorted(set(lengths)))
-
-
-def _depths(asked: str | None) -> tuple[float, ...]:
-    depths = []
-    for text in asked.split(",") if asked else ():
-        try:
-            depth = float(text)
-        except ValueError:
-            depth = -1.0
-        if not 0 <= depth <= 1:
-            raise ValueError(f"--depths: {text!r} is not a share from 0 (start) to 1 (end); write e.g. 0,0.5,1")
-        depths.append(depth)
-    return tuple(sorted(set(depths)))
-
-
-def _configurations(args: argparse.Namespace, source: hf_model.Description, needed: Any) -> list[Any]:
-    """All configurations, each checked against the model before an engine is started."""
-    # Heavy: scipy and the suites' own packages.
-    from vllm_trimix.evaluation import ablations, askers, configurations
-
-    base = configurations.read_entry("--trimix", args.trimix)
-    found = configurations.parse(args.configs, base, args.config)
-    if args.server:
-        unfit = [c.name for c in found if c.name not in (configurations.STOCK, configurations.TRIMIX)]
-        if unfit or args.ablation or args.config or args.trimix != "{}" or args.flags:
-            raise ValueError(
-                "--server: a running server has its configuration already: compare stock and trimix on it, without "
-                "--trimix, --config, --ablation and engine flags, or leave out --server"
-            )
-        askers.connect(args.server, args.served)
-        return found
-    if args.ablation:
-        order = ablations.read_order(args.probe) if args.probe else None
-        found += ablations.configurations(
-            args.ablation, base, _resolve(base, args.model, source), order=order, seed=args.seed
-        )
-    for configuration in found:
-        if configuration.entry is not None:
-            try:
-                _resolve(configuration.entry, args.model, source)
-            except ValueError as error:
-                raise ValueError(f"configuration {configuration.name}: {error}") from None
-    return [
-        configuration
-        if configuration.entry is None
-        else dataclasses.replace(configuration, entry={**needed, **configuration.entry})
-        for configuration in found
-    ]
-
-
-def _resolve(entry: dict[str, Any], model: str, source: hf_model.Description) -> Resolved:
-    text = source.config.get_text_config()
-    return resolve(
-        entry,
-        model=model,
-        num_layers=text.num_hidden_layers,
-        model_entry=getattr(source.config, "trimix", None),
-        num_heads=text.num_attention_heads,
-    )

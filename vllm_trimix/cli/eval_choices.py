@@ -1,0 +1,148 @@
+"""What ``vllm-trimix eval`` is asked to compare: tasks, lengths, depths and configurations, read and checked."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vllm_trimix.cli import hf_model
+from vllm_trimix.config.entry import Resolved
+from vllm_trimix.config.resolve import resolve
+
+
+def suite(args: argparse.Namespace, there: Mapping[str, Any]) -> Any:
+    """The suite that is asked for, and nothing that only another one reads.
+
+    Raises:
+        ValueError: No such suite, or a flag of another.
+    """
+    if args.suite not in there:
+        raise ValueError(
+            f"SUITE: {args.suite!r} is not a suite{_near(args.suite, there)}; there are {', '.join(there)}"
+        )
+    for flag, value, reader in (
+        ("--prompts", args.prompts, "agreement"),
+        ("--text", args.text, "ppl"),
+        ("--depths", args.depths, "niah"),
+    ):
+        if value is not None and args.suite != reader:
+            raise ValueError(f"{flag}: {value}: only the suite {reader} reads it; leave it out for {args.suite}")
+    return there[args.suite]
+
+
+def tasks(asked: str | None, suite: Any, language: str) -> dict[str, Any]:
+    """``--tasks``: the suite's that can be said in the model's language.
+
+    Raises:
+        ValueError: A task that isn't among them.
+    """
+    there = suite.tasks.get(language, {})
+    if not there:
+        raise ValueError(f"SUITE: {suite.name} has no task in the language of this model ({language})")
+    if asked is None:
+        return dict(there)
+    names = [name for name in asked.split(",") if name]
+    for name in names:
+        if name not in there:
+            everywhere = {task for tasks in suite.tasks.values() for task in tasks}
+            why = f"can't be said in the language of this model ({language})" if name in everywhere else "is not a task"
+            raise ValueError(f"--tasks: {name!r} {why}{_near(name, there)}; {suite.name} has {', '.join(there)}")
+    return {name: there[name] for name in there if name in names}
+
+
+def lengths(asked: str | None, default: Sequence[int], limit: int | None, model: str) -> tuple[int, ...]:
+    """``--lengths``, ascending; by default those of the suite that the model takes.
+
+    Raises:
+        ValueError: No length, or more than the model takes.
+    """
+    if asked is None:
+        fitting = tuple(length for length in default if limit is None or length <= limit)
+        # A model of short prompts is asked as long ones as it takes.
+        return fitting or (int(limit or default[0]),)
+    found = []
+    for text in asked.split(","):
+        if not text.strip().isdecimal() or int(text) == 0:
+            raise ValueError(f"--lengths: {text!r} is not a number of tokens; write e.g. 4096,16384")
+        if limit is not None and int(text) > limit:
+            raise ValueError(f"--lengths: {text} tokens: {model} takes {limit}; choose at most that")
+        found.append(int(text))
+    return tuple(sorted(set(found)))
+
+
+def depths(asked: str | None) -> tuple[float, ...]:
+    """``--depths``, ascending; empty for the suite's own.
+
+    Raises:
+        ValueError: No share.
+    """
+    found = []
+    for text in asked.split(",") if asked else ():
+        try:
+            depth = float(text)
+        except ValueError:
+            depth = -1.0
+        if not 0 <= depth <= 1:
+            raise ValueError(f"--depths: {text!r} is not a share from 0 (start) to 1 (end); write e.g. 0,0.5,1")
+        found.append(depth)
+    return tuple(sorted(set(found)))
+
+
+def configurations(args: argparse.Namespace, source: hf_model.Description, needed: Any) -> list[Any]:
+    """All configurations, each checked against the model before an engine is started.
+
+    Raises:
+        ValueError: What was asked for doesn't go together, or doesn't fit the model.
+    """
+    # Heavy: scipy and the suites' own packages.
+    from vllm_trimix.evaluation import ablations, askers
+    from vllm_trimix.evaluation.configurations import STOCK, TRIMIX, parse, read_entry
+
+    base = read_entry("--trimix", args.trimix)
+    found = parse(args.configs, base, args.config)
+    if args.server:
+        unfit = [c.name for c in found if c.name not in (STOCK, TRIMIX)]
+        if unfit or args.ablation or args.config or args.trimix != "{}" or args.flags:
+            raise ValueError(
+                "--server: a running server has its configuration already: compare stock and trimix on it, without "
+                "--trimix, --config, --ablation and engine flags, or leave out --server"
+            )
+        askers.connect(args.server, args.served)
+        return found
+    if args.ablation:
+        order = ablations.read_order(args.probe) if args.probe else None
+        found += ablations.configurations(
+            args.ablation, base, _resolve(base, args.model, source), order=order, seed=args.seed
+        )
+    for configuration in found:
+        if configuration.entry is not None:
+            try:
+                _resolve(configuration.entry, args.model, source)
+            except ValueError as error:
+                raise ValueError(f"configuration {configuration.name}: {error}") from None
+    return [
+        configuration
+        if configuration.entry is None
+        else dataclasses.replace(configuration, entry={**needed, **configuration.entry})
+        for configuration in found
+    ]
+
+
+def _resolve(entry: dict[str, Any], model: str, source: hf_model.Description) -> Resolved:
+    text = source.config.get_text_config()
+    return resolve(
+        entry,
+        model=model,
+        num_layers=text.num_hidden_layers,
+        model_entry=getattr(source.config, "trimix", None),
+        num_heads=text.num_attention_heads,
+    )
+
+
+def _near(name: str, there: Any) -> str:
+    """A hint at what was perhaps meant."""
+    found = difflib.get_close_matches(name, list(there), n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
