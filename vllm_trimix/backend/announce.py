@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.distributed.parallel_state import get_world_group
 from vllm.logger import init_logger
 
-from vllm_trimix.backend import settings
+from vllm_trimix.backend import compat, settings
+from vllm_trimix.backend.survey import Survey
 from vllm_trimix.config.entry import Resolved
 from vllm_trimix.config.layers import format_layers
 from vllm_trimix.config.shallow import Shallow
@@ -26,10 +28,22 @@ REASONS = {
     "mm_prefix": "requests with bidirectional image spans stay dense",
     "graph_replay": "steps that may replay a decode CUDA graph stay dense",
     "empty_set": "the triangle set is empty: everything stays dense",
+    "stock_layers": "no layer of the set can be sparse in this model, see the start-up line: everything stays dense",
     "not_causal": "bidirectional steps stay dense",
     "ubatch": "micro-batching (DBO) is on: everything stays dense",
     "prompt_len_unknown": "the prompt length of some rows is unknown; they stay dense",
 }
+
+FIXES = {
+    "sliding_window": "choose layers without a sliding window",
+    "no_attention": "choose layers that have attention",
+    "soft_cap": "soft caps are supported on GPUs",
+    "fp8_kv_on_cpu": "leave --kv-cache-dtype unset",
+    "head_size": "the kernels don't take heads of this size",
+    "learned_sinks": "models with learned sinks are not supported",
+    "other_backend": "choose layers whose kind has the backend TRIMIX",
+}
+"""What to do where nothing can be sparse, by reason."""
 
 _started: set[str] = set()
 
@@ -42,33 +56,70 @@ def is_rank_zero() -> bool:
         return True
 
 
-def start_line(vllm_config: Any, resolved: Resolved, *, dense: str, kernel: str, stock: dict[int, str]) -> None:
-    """Says once per engine, from rank 0, what runs: fixed ``key=value`` format.
+def start(vllm_config: Any, resolved: Resolved, *, dense: str, kernel: str, found: Survey) -> None:
+    """Says once per engine, from rank 0, what runs; loudly, where nothing does.
 
     Args:
         vllm_config: The engine's configuration.
         resolved: What runs.
         dense: Name of the dense backend built on.
         kernel: Name of the triangle kernel.
-        stock: Layers of the triangle set that stay stock, with the reason.
+        found: What the layers are.
     """
     if vllm_config.instance_id in _started or not is_rank_zero():
         return
     _started.add(vllm_config.instance_id)
-    logger.info(
-        "TRIMIX: layers=%s of=%d pattern=triangle n_init=%d n_local=%d last_n=%d min_prompt_len=%d "
-        "dense=%s kernel=%s stock_layers=%s source=%s shallow=%s",
-        format_layers(resolved.layers),
-        resolved.num_layers,
-        resolved.n_init,
-        resolved.n_local,
-        resolved.last_n,
-        resolved.min_prompt_len,
-        dense,
-        kernel,
-        ",".join(f"{layer}:{reason}" for layer, reason in sorted(stock.items())) or "none",
-        resolved.source,
-        shallow_label(resolved.shallow),
+    untested = compat.untested_reason()
+    line = start_line(resolved, dense=dense, kernel=kernel, stock=found.stock)
+    if untested is None:
+        logger.info(line)
+    else:
+        logger.warning("%s (%s)", line, untested)
+    warning = nothing_sparse(resolved, found)
+    if warning is not None:
+        logger.warning(warning)
+
+
+def start_line(resolved: Resolved, *, dense: str, kernel: str, stock: Mapping[int, str]) -> str:
+    """What runs, in fixed ``key=value`` format.
+
+    Args:
+        resolved: What runs.
+        dense: Name of the dense backend built on.
+        kernel: Name of the triangle kernel.
+        stock: Chosen layers that stay stock, with the reason.
+    """
+    untested = "" if compat.untested_reason() is None else f" vllm={compat.vllm_version()}:untested"
+    return (
+        f"TRIMIX: layers={format_layers(resolved.layers)} of={resolved.num_layers} pattern=triangle "
+        f"n_init={resolved.n_init} n_local={resolved.n_local} last_n={resolved.last_n} "
+        f"min_prompt_len={resolved.min_prompt_len} dense={dense} kernel={kernel} "
+        f"stock_layers={stock_label(stock)} source={resolved.source} "
+        f"shallow={shallow_label(resolved.shallow)}{untested}"
+    )
+
+
+def stock_label(stock: Mapping[int, str]) -> str:
+    """Layers by reason, in one word of the start-up line, e.g. ``0-2:sliding_window,5:head_size``."""
+    runs: list[tuple[str, list[int]]] = []
+    for layer, reason in sorted(stock.items()):
+        if runs and runs[-1][0] == reason and runs[-1][1][-1] == layer - 1:
+            runs[-1][1].append(layer)
+        else:
+            runs.append((reason, [layer]))
+    return ",".join(f"{format_layers(layers)}:{reason}" for reason, layers in runs) or "none"
+
+
+def nothing_sparse(resolved: Resolved, found: Survey) -> str | None:
+    """One line that says that no chosen layer can be sparse, and why, or None."""
+    shallow = () if resolved.shallow is None else resolved.shallow.layers
+    chosen = {*resolved.layers, *shallow}
+    if not chosen or found.runs_any(chosen):
+        return None
+    fixes = sorted({FIXES[reason] for reason in found.stock.values() if reason in FIXES})
+    return (
+        f"TRIMIX: NOTHING IS SPARSE: all chosen layers stay stock ({stock_label(found.stock)}), every prompt runs as "
+        f"without TRIMIX. {'; '.join([*fixes, 'or leave --attention-backend unset'])}"
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 
-from vllm_trimix.backend import announce, requests, settings
+from vllm_trimix.backend import announce, requests, settings, survey
 from vllm_trimix.backend.dynamic.key_counter import KeyCounter
 from vllm_trimix.backend.layer_binding import bind_layers
 from vllm_trimix.backend.pseudo_requests import pseudo_requests
@@ -32,18 +32,18 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kwargs)
         requests.install()
-        # vLLM wraps builders whose metadata it rewrites (chunked attention, static sinks): rows are not requests there.
-        self._wrapped = "trimix_kernel" not in vars(type(self))
+        self._wrapped = survey.is_wrapped(type(self))
         self.resolved = settings.of(vllm_config)
-        impls = bind_layers(
+        impls, found = bind_layers(
             layer_names,
             vllm_config,
             self.resolved,
             dense=self.dense_name,
             kernel=self.trimix_kernel,
-            stock_reason="wrapped_backend" if self._wrapped else None,
             device=device,
         )
+        shallow = () if self.resolved.shallow is None else self.resolved.shallow.layers
+        self._runs_triangle, self._runs_dynamic = (found.runs_any(layers) for layers in (self.resolved.layers, shallow))
         self._active = [impl for impl in impls if impl.trimix_active]
         dynamic = [impl for impl in impls if impl.trimix_dynamic is not None]
         # Builders keep persistent buffers: the dense remainder of a split step needs an instance of its own.
@@ -153,6 +153,8 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
     def _plan(self, rows: dict[str, Any]) -> Plan:
         if not self.resolved.layers:
             rows = {**rows, "step_reason": rows["step_reason"] or "empty_set"}
+        elif not self._runs_triangle:
+            rows = {**rows, "step_reason": rows["step_reason"] or "stock_layers"}
         return build_plan(
             **rows,
             pattern=self.resolved.triangle,
@@ -164,6 +166,8 @@ class TrimixBuilder(AttentionMetadataBuilder[Any]):
         shallow = self.resolved.shallow
         if shallow is None:
             return None
+        if not self._runs_dynamic:
+            rows = {**rows, "step_reason": rows["step_reason"] or "stock_layers"}
         return build_dynamic_plan(
             **rows, last_n=shallow.last_n, min_seq_len=shallow.min_seq_len, min_rows=shallow.largest_block
         )

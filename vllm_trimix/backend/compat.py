@@ -24,6 +24,7 @@ Every patch of vLLM that this package makes is listed here, with its cause and w
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
@@ -36,10 +37,19 @@ WARM_UP_IDS = ("_warmup_", "_v2_mixed_warmup")
 Goes when vLLM runs them as dummies.
 """
 
+DRAFT_PREFIX = "draft_model."
+"""What the names of a draft model's layers begin with; those of other drafts have numbers past the model's own."""
+
+ALLOW_UNTESTED = "TRIMIX_ALLOW_UNTESTED_VLLM"
+"""Environment variable: ``1`` tries a version of vLLM that is not among the tested ones."""
+
 TESTED_MIN = Version("0.32.0")
 TESTED_BELOW = Version("0.34")
 
 _MARK = "_vllm_trimix_wrapped"
+
+# What setuptools-scm makes of a checkout without tags: 0.1.dev1+g<commit>.
+_NO_VERSION = Version("0.1")
 
 
 def vllm_version() -> str:
@@ -60,20 +70,69 @@ def vllm_version() -> str:
     return "unknown"
 
 
-def unsupported_reason() -> str | None:
-    """One line saying why this vLLM can't run TRIMIX, or None when it can."""
+def untested_reason() -> str | None:
+    """One line saying that this vLLM is not a tested one, or None."""
     found = vllm_version()
     try:
         # Local and pre-release builds of a tested version count as that version.
-        tested = TESTED_MIN <= Version(Version(found).base_version) < TESTED_BELOW
+        version = Version(Version(found).base_version)
     except InvalidVersion:
-        tested = False
-    if tested:
+        version = None
+    if version is not None and TESTED_MIN <= version < TESTED_BELOW:
         return None
+    named = f"vLLM {found}"
+    if version == _NO_VERSION:
+        named += ", a build from source without git tags, which has no version of its own"
+    return f"TRIMIX is tested with vLLM >= {TESTED_MIN}, < {TESTED_BELOW}; this is {named}"
+
+
+def allows_untested() -> bool:
+    """Whether the user wants an untested vLLM to be tried.
+
+    Raises:
+        ValueError: The switch has another value than 0 or 1.
+    """
+    value = os.environ.get(ALLOW_UNTESTED, "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"{ALLOW_UNTESTED}: {value!r} is not valid: write 1 to try an untested vLLM, or unset it")
+    return value == "1"
+
+
+def unsupported_reason() -> str | None:
+    """One line saying why this vLLM can't run TRIMIX, or None when it can or shall be tried."""
+    reason = untested_reason()
+    try:
+        if reason is None or allows_untested():
+            return None
+    except ValueError as error:
+        return str(error)
     return (
-        f"TRIMIX is tested with vLLM >= {TESTED_MIN}, < {TESTED_BELOW}; this is vLLM {found}. "
-        "Install a tested version, or choose another --attention-backend"
+        f"{reason}. Install a tested version, choose another --attention-backend, or try it at your own risk with "
+        f"the environment variable {ALLOW_UNTESTED}=1: compare answers with the opt-out before you rely on them"
     )
+
+
+def layer_number(name: str, text_config: Any) -> int:
+    """Which of the model's layers an attention belongs to, by the name that vLLM's model code gave it; -1 for none.
+
+    Almost all models write the layer's number first (``model.layers.3.self_attn.attn``). Zamba2 (0.32, 0.33) numbers
+    the attentions of each of its shared blocks one after the other, without the layer that uses them.
+    """
+    number = next((int(part) for part in name.split(".") if part.isdecimal()), -1)
+    if number >= 0 and getattr(text_config, "model_type", None) == "zamba2":
+        return _zamba2_layers(tuple(text_config.hybrid_layer_ids), text_config.num_mem_blocks)[number]
+    return number
+
+
+@functools.lru_cache(maxsize=8)
+def _zamba2_layers(hybrid_layer_ids: tuple[int, ...], num_blocks: int) -> dict[int, int]:
+    """Each attention's layer, by the number in its name; the blocks take turns at the hybrid layers."""
+    layers: dict[int, int] = {}
+    for block in range(num_blocks):
+        first = block * (len(hybrid_layer_ids) + num_blocks - 1) // num_blocks
+        for turn, layer in enumerate(hybrid_layer_ids[block::num_blocks]):
+            layers[first + turn] = layer
+    return layers
 
 
 def wrap_once(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:

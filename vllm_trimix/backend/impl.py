@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl
 
@@ -67,6 +68,9 @@ class TrimixImpl(AttentionImpl[Any]):
         given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
         self.trimix_active = False
         self.trimix_dynamic: LayerPatterns | None = None
+        window = given.get("sliding_window")
+        if not settings.is_window(window, get_current_vllm_config().model_config.max_model_len):
+            given["sliding_window"] = None
         self.trimix_dense_reason = _dense_reason(given, self.trimix_kernel)
         self._triangle = settings.current().triangle
         self._kv_cache_dtype = str(given.get("kv_cache_dtype", "auto"))

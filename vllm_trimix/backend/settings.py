@@ -163,29 +163,55 @@ def _check_layers(layers: tuple[int, ...], model_config: Any, where: str) -> Non
     ineligible = ineligible_layers(model_config)
     if layers and ineligible.keys() >= set(layers):
         full = [layer for layer in range(model_config.get_total_num_hidden_layers()) if layer not in ineligible]
-        reasons = ", ".join(sorted({ineligible[layer] for layer in layers}))
+        reasons = {ineligible[layer] for layer in layers}
+        fix = f"eligible: {format_layers(full)}"
+        if not full:
+            fix = "no layer of this model is eligible. Leave --attention-backend unset"
+            if reasons == {"sliding_window"}:
+                fix += (
+                    f", or serve it without its window of {model_config.get_sliding_window()} tokens: "
+                    "--disable-sliding-window, which limits the context to that"
+                )
         raise ValueError(
-            f"{where}: {format_layers(layers)} all stay stock in {model_config.model} ({reasons}); "
-            f"eligible: {format_layers(full)}"
+            f"{where}: {format_layers(layers)} all stay stock in {model_config.model} ({', '.join(sorted(reasons))}); "
+            + fix
         )
 
 
 def ineligible_layers(model_config: Any) -> dict[int, str]:
-    """Layers that stay stock by the model's own design, global index to reason."""
+    """Layers that the configuration says stay stock by the model's own design, global index to reason.
+
+    Less than the built model tells, but known before it is built, and of other pipeline stages.
+    """
     text_config = model_config.hf_text_config
-    layer_types = getattr(text_config, "layer_types", None)
-    if layer_types:
-        reasons = {index: _type_reason(str(kind)) for index, kind in enumerate(layer_types)}
-        return {index: reason for index, reason in reasons.items() if reason is not None}
-    if model_config.get_sliding_window() is not None and getattr(text_config, "use_sliding_window", True):
+    windowed = is_window(model_config.get_sliding_window(), model_config.max_model_len)
+    for key in ("layer_types", "layers_block_type"):
+        kinds = getattr(text_config, key, None)
+        if kinds:
+            reasons = {index: _type_reason(str(kind), windowed) for index, kind in enumerate(kinds)}
+            return {index: reason for index, reason in reasons.items() if reason is not None}
+    if windowed and getattr(text_config, "use_sliding_window", True) and not _mixes_windows(text_config):
         return dict.fromkeys(range(model_config.get_total_num_hidden_layers()), "sliding_window")
     return {}
 
 
-def _type_reason(kind: str) -> str | None:
+def is_window(size: Any, max_model_len: int) -> bool:
+    """Whether a sliding window hides anything: one no shorter than the context is full attention."""
+    return size is not None and int(size) < max_model_len
+
+
+def _mixes_windows(text_config: Any) -> bool:
+    """Whether a configuration says, by a key of its own, that not all layers have the window."""
+    return any(
+        isinstance(value, list | str | int) and value and ("pattern" in key or "interleave" in key)
+        for key, value in vars(text_config).items()
+    )
+
+
+def _type_reason(kind: str, windowed: bool) -> str | None:
     """Why a layer of this Hugging Face ``layer_types`` entry stays stock, or None."""
     if "sliding" in kind:
-        return "sliding_window"
+        return "sliding_window" if windowed else None
     if "chunked" in kind:
         return "chunked_attention"
     if any(word in kind for word in ("linear", "conv", "mamba", "moe", "mlp", "recurrent")):

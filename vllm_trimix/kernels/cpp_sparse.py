@@ -12,6 +12,9 @@ from vllm_trimix.kernels.sparse_index import SparseIndex
 LIBRARY = Path(__file__).parents[1] / "_cpu.abi3.so"
 BF16_ONLY = ("amx", "avx512_bf16", "amx_emulated")
 
+MIN_HEAD_SIZE, MAX_HEAD_SIZE, HEAD_SIZE_STEP = 16, 256, 8
+"""Head sizes that the compiled kernel takes."""
+
 
 @cache
 def unavailable_reason() -> str | None:
@@ -29,6 +32,11 @@ def unavailable_reason() -> str | None:
 def is_available() -> bool:
     """Whether the compiled kernel can be used."""
     return unavailable_reason() is None
+
+
+def takes(head_size: int) -> bool:
+    """Whether the compiled kernel takes heads of this size."""
+    return MIN_HEAD_SIZE <= head_size <= MAX_HEAD_SIZE and head_size % HEAD_SIZE_STEP == 0
 
 
 def available_isas() -> list[str]:
