@@ -75,7 +75,7 @@ def use_triangle(
 ) -> TriangleAttention:
     """Makes a causal language model of transformers prefill with the triangle in the given layers.
 
-    Without layers and preset, a shipped preset for exactly this model's id is taken. Decoding stays dense. The prompt
+    Without layers and preset, a shipped preset for this model's id is taken. Decoding stays dense. The prompt
     must be prefilled in one forward pass, without padding; a batch holds prompts of one length.
 
     Args:
@@ -107,6 +107,7 @@ def use_triangle(
         model=model.config.name_or_path,
         num_layers=text.num_hidden_layers,
         model_entry=getattr(model.config, "trimix", None),
+        text_config=text,
     )
     return install(model, layers=resolved.layers, pattern=resolved.triangle)
 

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.models import read_config
@@ -99,6 +100,7 @@ def resolved_settings(configuration: Configuration, model: Path) -> Resolved | N
         num_layers=config["num_hidden_layers"],
         model_entry=config.get("trimix"),
         num_heads=config["num_attention_heads"],
+        text_config=SimpleNamespace(**config),
     )
 
 

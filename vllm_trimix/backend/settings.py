@@ -53,6 +53,7 @@ def resolve_into(vllm_config: Any) -> None:
         model_entry=getattr(hf_config, ENTRY, None),
         num_heads=model_config.hf_text_config.num_attention_heads,
         min_seq_len=_min_seq_len(),
+        text_config=model_config.hf_text_config,
     )
     _check_layers(resolved.layers, model_config, "trimix.layers")
     if resolved.shallow is not None:

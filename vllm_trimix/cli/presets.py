@@ -14,7 +14,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "presets",
         help="list the shipped presets, or show one",
-        description="Layer sets that come with the package, found by exact HF id when a model is served.",
+        description="Layer sets that come with the package, found by exact HF id, in offline caches too, when a model "
+        "is served.",
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
     actions.add_parser("list", help="model ids, their triangle layers and sources (the default)")

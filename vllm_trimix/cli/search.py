@@ -12,8 +12,8 @@ from typing import Any
 
 from vllm_trimix.cli import arguments, hf_model
 from vllm_trimix.cli.output import serve_command
+from vllm_trimix.config.identity import known_id
 from vllm_trimix.config.layers import format_layers, parse_layers
-from vllm_trimix.config.presets import find_preset
 from vllm_trimix.config.resolve import resolve
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.searching import ADAPTIVE, HEAD_BUDGET, SCORES, TOLERANCE
@@ -245,7 +245,7 @@ def _prompts(args: argparse.Namespace, source: hf_model.Source, lengths: list[in
 def _triangle_layers(source: hf_model.Source, num_layers: int) -> tuple[int, ...] | None:
     """Triangle layers of the preset that serving would take; None: there is none."""
     entry = getattr(source.config, "trimix", None)
-    if entry is None and find_preset(source.name) is None:
+    if entry is None and known_id(source.name) is None:
         return None
     return resolve(None, model=source.name, num_layers=num_layers, model_entry=entry).layers
 

@@ -90,10 +90,10 @@ def _overlaid(own: TrimixConfig, below: TrimixConfig) -> TrimixConfig:
 
 
 def preset_config(entry: object, name: str) -> TrimixConfig:
-    """A preset is what a model needs, plus ``provenance`` and ``models``, which only people and the search read."""
+    """A preset is what a model needs, plus what only says where it comes from and which models it is for."""
     settings = entry
     if isinstance(entry, dict):
-        settings = {key: value for key, value in entry.items() if key not in ("provenance", "models")}
+        settings = {key: value for key, value in entry.items() if key not in ("provenance", "models", "shape")}
         server_keys = [key for key in ("preset", "prompt_logprobs", "stats_log_interval") if key in settings]
         if server_keys:
             raise ValueError(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_trimix.config.entry import DEFAULT_MIN_PROMPT_LEN, Resolved, TrimixConfig, parse_config
+from vllm_trimix.config.identity import known_id, proposal
 from vllm_trimix.config.layers import parse_layers
 from vllm_trimix.config.preset_files import named_preset, preset_config
 from vllm_trimix.config.presets import find_preset
@@ -22,13 +23,15 @@ def resolve(
     model_entry: object = None,
     num_heads: int | None = None,
     min_seq_len: int = DEFAULT_MIN_SEQ_LEN,
+    text_config: Any = None,
 ) -> Resolved:
     """Merges the user's entry with a preset into what runs.
 
     A preset is, in this order: ``preset`` in the entry (name or file), the ``trimix`` entry of the model's own
-    config.json, a shipped preset for exactly this HF id. A preset file may be an overlay: its key ``base`` names
-    another preset, whose keys its own win over. Keys in the user's entry win over both. A ``shallow`` entry that names
-    neither a pattern nor a head file changes keys of the one below it; any other takes its place.
+    config.json, a shipped preset for the id that the model has or is cached under. A preset file may be an overlay: its
+    key ``base`` names another preset, whose keys its own win over. Keys in the user's entry win over both. A
+    ``shallow`` entry that names neither a pattern nor a head file changes keys of the one below it; any other takes its
+    place.
 
     Args:
         raw: The user's ``trimix`` entry; None when there is none.
@@ -37,6 +40,7 @@ def resolve(
         model_entry: The ``trimix`` entry of the model's config.json, or None.
         num_heads: Query heads of a layer, of all devices together; None where a head file can't be used.
         min_seq_len: Default of ``shallow.min_seq_len`` on this machine.
+        text_config: The model's configuration of its text part, of transformers: what a refusal proposes a preset by.
 
     Raises:
         ValueError: Bad entry, unreadable preset, layers outside the model, or no way to know the layers.
@@ -62,11 +66,7 @@ def resolve(
             'add "layers" to it, or "base" with the preset that it builds on'
         )
     else:
-        raise ValueError(
-            f"TRIMIX has no preset for model {quoted(model)} and will not guess its layers. `vllm-trimix probe` finds "
-            'them and writes a preset: {"trimix": {"preset": FILE}}; or set them, e.g. --additional-config '
-            f"'{{\"trimix\": {{\"starting_layer\": {num_layers // 2}}}}}' (README, 'Choosing layers')"
-        )
+        raise ValueError(_unknown(model, num_layers, text_config))
 
     def setting(key: str, default: Any) -> Any:
         for candidate in (config, preset):
@@ -103,5 +103,17 @@ def _load_preset(config: TrimixConfig, model: str, model_entry: object) -> tuple
         return preset, f"preset:{name}"
     if model_entry is not None:
         return preset_config(model_entry, "the model's config.json entry 'trimix'"), "model"
-    entry = find_preset(model)
-    return (None, "config") if entry is None else (preset_config(entry, f"preset {quoted(model)}"), f"preset:{model}")
+    name = known_id(model)
+    if name is None:
+        return None, "config"
+    return preset_config(find_preset(name), f"preset {quoted(name)}"), f"preset:{name}"
+
+
+def _unknown(model: str, num_layers: int, text_config: Any) -> str:
+    """Why a model without a preset is refused, and what to do: nothing here may contradict a preset."""
+    found = None if text_config is None else proposal(text_config)
+    return (
+        f"TRIMIX has no preset for model {quoted(model)} and will not guess its layers. {f'{found}. ' if found else ''}"
+        '`vllm-trimix probe` finds them and writes a preset: {"trimix": {"preset": FILE}}; or choose some of '
+        f"0-{num_layers - 1} yourself, as trimix.layers or trimix.starting_layer (README, 'Choosing layers')"
+    )

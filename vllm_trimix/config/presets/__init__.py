@@ -24,9 +24,16 @@ def find_preset(model: str) -> dict[str, Any] | None:
     """The shipped preset for exactly this HF id, or None.
 
     Returns:
-        The ``trimix`` keys plus ``provenance``.
+        The ``trimix`` keys plus ``provenance`` and ``shape``.
     """
     return _presets().get(model)
+
+
+@cache
+def preset_shapes() -> dict[str, dict[str, Any]]:
+    """The shape of the model of every shipped preset, by the model's first id; sorted."""
+    files = {id(preset): (name, preset["shape"]) for name, preset in reversed(_presets().items())}
+    return dict(sorted(files.values(), key=lambda item: item[0]))
 
 
 def preset_names() -> list[str]:
