@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_trimix.cli import arguments, eval_choices, hf_model
+from vllm_trimix.cli import arguments, engine_limit, eval_choices, hf_model
 from vllm_trimix.cli.output import teller
 from vllm_trimix.config.entry import Resolved
 
@@ -91,7 +91,6 @@ def run(args: argparse.Namespace) -> int:
     from vllm_trimix.evaluation.suite import Context
 
     language = languages.detect(source.tokenizer)
-    lengths = eval_choices.lengths(args.lengths, suite.lengths, source.max_length, args.model)
     context = Context(
         tokenizer=source.tokenizer,
         language=language,
@@ -105,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--chat-template: the tokenizer of {args.model} has no chat template; leave the flag out")
     tasks = eval_choices.tasks(args.tasks, suite, language)
     configurations = eval_choices.configurations(args, source, suite.entry)
+    limit = engine_limit.find(args, source.config, eval_choices.wanted_lengths(args.lengths, suite.lengths))
+    lengths = eval_choices.lengths(args.lengths, suite.lengths, limit, args.model)
     samples = args.samples or suite.samples
     folder = args.output or Path("trimix-eval") / suite.name
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_trimix.cli import hf_model
+from vllm_trimix.cli.engine_limit import Limit
+from vllm_trimix.cli.output import teller
 from vllm_trimix.config.entry import Resolved
 from vllm_trimix.config.resolve import resolve
+
+_say = teller("eval")
 
 
 def suite(args: argparse.Namespace, there: Mapping[str, Any]) -> Any:
@@ -53,24 +57,34 @@ def tasks(asked: str | None, suite: Any, language: str) -> dict[str, Any]:
     return {name: there[name] for name in there if name in names}
 
 
-def lengths(asked: str | None, default: Sequence[int], limit: int | None, model: str) -> tuple[int, ...]:
-    """``--lengths``, ascending; by default those of the suite that the model takes.
+def lengths(asked: str | None, default: Sequence[int], limit: Limit, model: str) -> tuple[int, ...]:
+    """``--lengths``, ascending; by default those of the suite that the model is made for.
 
     Raises:
-        ValueError: No length, or more than the model takes.
+        ValueError: No length, or more than is taken.
     """
     if asked is None:
-        fitting = tuple(length for length in default if limit is None or length <= limit)
+        fitting = tuple(length for length in default if limit.usual is None or length <= limit.usual)
+        if len(fitting) < len(default):
+            dropped = ", ".join(str(length) for length in default if length not in fitting)
+            _say(f"left out {dropped} tokens: {model} takes {limit.usual}")
         # A model of short prompts is asked as long ones as it takes.
-        return fitting or (int(limit or default[0]),)
+        return fitting or (int(limit.usual or default[0]),)
     found = []
     for text in asked.split(","):
         if not text.strip().isdecimal() or int(text) == 0:
             raise ValueError(f"--lengths: {text!r} is not a number of tokens; write e.g. 4096,16384")
-        if limit is not None and int(text) > limit:
-            raise ValueError(f"--lengths: {text} tokens: {model} takes {limit}; choose at most that")
+        if limit.longest is not None and int(text) > limit.longest:
+            raise ValueError(f"--lengths: {text} tokens: {model} takes {limit.longest}; choose at most that")
         found.append(int(text))
     return tuple(sorted(set(found)))
+
+
+def wanted_lengths(asked: str | None, default: Sequence[int]) -> list[int]:
+    """What ``--lengths`` may come to, for the question how much is taken; what is no number is refused later."""
+    if asked is None:
+        return list(default)
+    return [int(text) for text in asked.split(",") if text.strip().isdecimal()]
 
 
 def depths(asked: str | None) -> tuple[float, ...]:
@@ -139,6 +153,7 @@ def _resolve(entry: dict[str, Any], model: str, source: hf_model.Description) ->
         num_layers=text.num_hidden_layers,
         model_entry=getattr(source.config, "trimix", None),
         num_heads=text.num_attention_heads,
+        text_config=text,
     )
 
 

@@ -8,6 +8,7 @@ import shlex
 from typing import Any, NamedTuple
 
 from vllm_trimix.cli.arguments import add_trust
+from vllm_trimix.config.context import max_length
 from vllm_trimix.measurement.hardware import cpu_name
 
 
@@ -29,7 +30,7 @@ class Source(NamedTuple):
         tokenizer: Of transformers.
         dtype: Of weights and activations.
         device: Where it will run.
-        max_length: Tokens that it takes, or None.
+        max_length: Tokens that an engine takes of it, or None.
     """
 
     name: str
@@ -58,7 +59,7 @@ class Description(NamedTuple):
     Attributes:
         config: Of transformers.
         tokenizer: Of transformers.
-        max_length: Tokens that it takes, or None.
+        max_length: Tokens that an engine takes of it, or None.
     """
 
     config: Any
@@ -77,7 +78,7 @@ def describe(model: str, *, trust_remote_code: bool) -> Description:
 
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    return Description(config, tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None))
+    return Description(config, tokenizer, max_length(config))
 
 
 def find(args: argparse.Namespace) -> Source:

@@ -31,13 +31,25 @@ ALLOW_LONG = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 
 
 def max_length(config: Any) -> int | None:
-    """Tokens that vLLM would take of a model, or None where it sets no limit.
+    """Tokens that vLLM takes of a model when they are asked for, or None where it sets no limit.
 
     Args:
         config: Of transformers.
     """
     if os.environ.get(ALLOW_LONG, "").strip().lower() in ("1", "true"):
         return None
+    length = derived_length(config)
+    # A length up to this one is taken, though the model is made for fewer.
+    named = getattr(config.get_text_config(), "model_max_length", None)
+    return length if length is None or named is None else max(length, int(named))
+
+
+def derived_length(config: Any) -> int | None:
+    """Tokens that a model is made for, its rotary embedding's stretching included; None where nothing says so.
+
+    Args:
+        config: Of transformers.
+    """
     text = config.get_text_config()
     named = [value for key in _KEYS if (value := getattr(text, key, None)) is not None]
     length: float = getattr(text, "model_max_length", None) or min(named, default=math.inf)
@@ -49,8 +61,7 @@ def max_length(config: Any) -> int | None:
             if _type(entry) not in _UNSCALED:
                 factor = entry.get("factor", factor)
         length *= 1.0 if factor is None else factor
-    # Asked for as such, a length up to this is taken.
-    return int(max(length, getattr(text, "model_max_length", None) or 0))
+    return int(length)
 
 
 def rope_types(text_config: Any) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from vllm import SamplingParams
 
 from vllm_trimix.backend import settings
-from vllm_trimix.backend.engines.job import CONTEXT, engine_arguments, serve
+from vllm_trimix.backend.engines.job import CONTEXT, engine_arguments, serve, takes, usual_length
 from vllm_trimix.backend.names import ENTRY, NAME, RESOLVED
 from vllm_trimix.backend.registration import register_trimix
 
@@ -46,7 +46,10 @@ def configure(
     arguments = engine_arguments(model, flags)
     if arguments.max_model_len is None or arguments.max_model_len < 0:
         # The model's own limit; what the engine then gets is what it needs, so that the KV cache can be small.
-        limit, served_limit = arguments.create_model_config().max_model_len, None
+        limit, served_limit = usual_length(arguments), None
+        # What is asked for may be more: vLLM's limit then isn't what it takes by itself.
+        if max_length is not None and max_length >= limit and takes(arguments, max_length + 1):
+            limit = max_length + 1
     else:
         limit = served_limit = arguments.max_model_len
     longest = min(longest, limit - 1) if max_length is None else max_length

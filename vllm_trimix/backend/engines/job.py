@@ -8,6 +8,7 @@ else that goes wrong ends the process with a traceback in the log. The end of st
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -25,6 +26,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from vllm_trimix.backend import compat, settings
 from vllm_trimix.backend.names import NAME, RESOLVED
+from vllm_trimix.config.context import derived_length
 
 # A served engine chooses its chunk sizes by this.
 CONTEXT = UsageContext.OPENAI_API_SERVER
@@ -62,6 +64,43 @@ def serve(configure: Callable[..., tuple[Any, dict[str, Any]]], answer: Callable
         for line in sys.stdin:
             reply(answer(engine, json.loads(line)))
         engine.engine_core.shutdown()
+
+
+def reply(answer: Callable[..., dict[str, Any]]) -> None:
+    """Answers the job alone, without an engine.
+
+    Args:
+        answer: Makes the answer of the job's keys.
+    """
+    with os.fdopen(int(sys.argv[1]), "w", buffering=1) as replies:
+        try:
+            found = answer(**json.loads(sys.stdin.readline()))
+        except (Exception, SystemExit) as error:
+            found = {"error": one_line(error)}
+        replies.write(json.dumps(found) + "\n")
+
+
+def usual_length(arguments: Any) -> int:
+    """Tokens that the model is made for, with the engine's flags.
+
+    Raises:
+        ValueError: Flags that vLLM doesn't take for this model.
+    """
+    config = arguments.create_model_config()
+    # By itself vLLM keeps LongRoPE models to the length before their stretching.
+    stretched = derived_length(config.hf_config) or 0
+    own = arguments.max_model_len is not None and arguments.max_model_len >= 0
+    longer = not own and stretched > config.max_model_len and takes(arguments, stretched)
+    return stretched if longer else int(config.max_model_len)
+
+
+def takes(arguments: Any, length: int) -> bool:
+    """Whether vLLM takes so many tokens of the model when they are asked for."""
+    try:
+        dataclasses.replace(arguments, max_model_len=length).create_model_config()
+    except ValueError:
+        return False
+    return True
 
 
 def engine_arguments(model: str, flags: list[str]) -> Any:
