@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from vllm import PoolingParams, SamplingParams
+from vllm.config import KVTransferConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.exceptions import VLLMValidationError
 
@@ -97,6 +98,59 @@ def test_connectors_that_ignore_salts_get_no_dense_requests() -> None:
     for name in namespaces.SALT_AWARE_CONNECTORS:
         assert name in KVConnectorFactory._registry, name
         assert admit(Processor(name), off).cache_salt == "trimix-dense"
+
+
+def engine(transfer: dict[str, Any] | None, size: float | None = None, backend: str = "native") -> Any:
+    """The parts of an engine's configuration that a connector is judged by."""
+    return SimpleNamespace(
+        kv_transfer_config=None if transfer is None else KVTransferConfig(**transfer, kv_role="kv_both"),
+        cache_config=SimpleNamespace(kv_offloading_size=size, kv_offloading_backend=backend),
+    )
+
+
+def multi(*members: Any) -> dict[str, Any]:
+    return {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": list(members)}}
+
+
+NIXL = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+OFFLOADING = {"kv_connector": "OffloadingConnector", "kv_connector_extra_config": {"cpu_bytes_to_use": 1}}
+EXAMPLE = {"kv_connector": "ExampleConnector"}
+JUDGED: dict[str, tuple[dict[str, Any] | None, str | None]] = {
+    "none": (None, None),
+    "good members": (multi(NIXL, OFFLOADING), None),
+    "one is not": (multi(NIXL, EXAMPLE), "MultiConnector with ExampleConnector"),
+    "members of members": (multi(NIXL, multi(OFFLOADING, NIXL)), None),
+    "one of those is not": (multi(NIXL, multi(OFFLOADING, EXAMPLE)), "MultiConnector with ExampleConnector"),
+    "no members": (multi(), "MultiConnector"),
+    "no list": ({"kv_connector": "MultiConnector"}, "MultiConnector"),
+    "a member without a name": (multi({}), "MultiConnector with None"),
+    "no object": (multi("NixlConnector"), "MultiConnector with 'NixlConnector'"),
+    "somebody's own class": ({**NIXL, "kv_connector_module_path": "mine"}, "NixlConnector of mine"),
+}
+
+
+@pytest.mark.parametrize(("transfer", "unsalted"), JUDGED.values(), ids=JUDGED)
+def test_connectors_are_judged_by_their_members(transfer: dict[str, Any] | None, unsalted: str | None) -> None:
+    transfer = {key: value for key, value in (transfer or {}).items() if key != "kv_role"} or None
+    assert namespaces.unsalted_connector(engine(transfer)) == unsalted
+
+
+@pytest.mark.parametrize("simple", ["0", "1"])
+@pytest.mark.parametrize("backend", ["native", "lmcache"])
+@pytest.mark.parametrize("transfer", [None, EXAMPLE])
+def test_offloading_is_judged_as_what_vllm_makes_of_it(
+    monkeypatch: pytest.MonkeyPatch, simple: str, backend: str, transfer: dict[str, Any] | None
+) -> None:
+    """Before vLLM has put the connector into the configuration, and after."""
+    monkeypatch.setenv("VLLM_USE_SIMPLE_KV_OFFLOAD", simple)
+    config = engine(transfer, 1.0, backend)
+    named = namespaces._offloading_connector(config.cache_config)
+    assert namespaces.unsalted_connector(config) is None
+    VllmConfig._post_init_kv_transfer_config(config)
+    assert config.kv_transfer_config.kv_connector == named
+    assert namespaces.unsalted_connector(config) is None
+    monkeypatch.setattr(namespaces, "SALT_AWARE_CONNECTORS", ())
+    assert namespaces.unsalted_connector(config) == named
 
 
 def test_other_engines_are_untouched() -> None:

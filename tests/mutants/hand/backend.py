@@ -97,8 +97,8 @@ GROUPS = (
             ("opted out, yet in the triangle's namespace", "    if reason is not None:\n        return SALT\n", ""),
             (
                 "connectors that ignore salts not refused",
-                "return None if name is None or name in SALT_AWARE_CONNECTORS else",
-                "return None if name is None or name else",
+                "return None if name in SALT_AWARE_CONNECTORS else",
+                "return None if name else",
             ),
         ),
     ),

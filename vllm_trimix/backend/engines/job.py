@@ -25,6 +25,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from vllm_trimix.backend import compat, settings
+from vllm_trimix.backend.engines import cpu_cache
 from vllm_trimix.backend.names import NAME, RESOLVED
 from vllm_trimix.config.context import derived_length
 
@@ -56,6 +57,7 @@ def serve(configure: Callable[..., tuple[Any, dict[str, Any]]], answer: Callable
         job = json.loads(sys.stdin.readline())
         try:
             vllm_config, more = configure(**job)
+            cpu_cache.choose(vllm_config, job["flags"])
         except (Exception, SystemExit) as error:
             reply({"error": one_line(error)})
             raise
