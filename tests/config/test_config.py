@@ -69,6 +69,7 @@ def test_starting_layer_is_short_for_a_range() -> None:
         ({"prompt_logprobs": "maybe", "layers": "1"}, "trimix.prompt_logprobs: 'maybe'"),
         ({"preset": "nope"}, "'nope' is neither a shipped preset nor a file; shipped: "),
         ({"preset": "missing.json"}, "cannot read 'missing.json'"),
+        ({"trimix": {"layers": "1"}}, "'trimix' stands inside itself: write its keys without it here"),
         ([16], "trimix: expected a JSON object"),
         ("16", "trimix: expected a JSON object"),
         (None, "no preset for model 'some/model'"),

@@ -80,6 +80,19 @@ CASES: dict[str, tuple[str, dict[str, Any], Any, str | None]] = {
         None,
         "additional_config.trimix_resolved is internal",
     ),
+    "another name": (
+        "llama",
+        {"additional_config": {"trianglemix": {"layers": "2-3"}}},
+        None,
+        "additional_config.trianglemix: TRIMIX reads its entry as 'trimix'; write {\"trimix\": {...}}",
+    ),
+    "no entry around it": (
+        "llama",
+        {"additional_config": {"starting_layer": 2, "n_local": 64}},
+        None,
+        'write them into it: {"trimix": {"starting_layer": 2, "n_local": 64}}',
+    ),
+    "beside the entry": ("llama", {"additional_config": {"layers": 1, "trimix": {"layers": "2-3"}}}, None, None),
     "context parallel": (
         "llama",
         {"decode_context_parallel_size": 2, "tensor_parallel_size": 4},

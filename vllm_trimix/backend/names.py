@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 NAME = "TRIMIX"
@@ -18,6 +19,25 @@ ALLOWED = ("on", "triangle", "off")
 """Its values."""
 DENSE_KEY = "trimix_dense"
 """Stamped by admission, read by workers; users may not set it."""
+
+
+_MEANT = ("trimix", "trianglemix", "vllmtrimix")
+# No one's key is longer, and a hostile one is not worth comparing.
+_MAX_KEY = 40
+
+
+def misnamed_entry(additional: Any) -> str | None:
+    """The key of ``additional_config`` under which an entry for this backend stands by another name, or None.
+
+    Entries are pasted from other ports (``trianglemix``), from memory (``tri_mix``), or by the backend's name.
+    """
+    for key, value in additional.items() if isinstance(additional, dict) else ():
+        if not isinstance(key, str) or len(key) > _MAX_KEY or key in (ENTRY, RESOLVED) or not isinstance(value, dict):
+            continue
+        letters = "".join(letter for letter in key.lower() if letter.isalnum()).removesuffix("config")
+        if difflib.get_close_matches(letters, _MEANT, n=1, cutoff=0.8):
+            return key
+    return None
 
 
 def uses_trimix(vllm_config: Any) -> bool:

@@ -8,16 +8,19 @@ from typing import Any
 
 import vllm.envs as envs
 from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_trimix.backend.names import ENTRY, RESOLVED
+from vllm_trimix.backend.names import ENTRY, RESOLVED, misnamed_entry
 from vllm_trimix.backend.namespaces import SALT_AWARE_CONNECTORS, unsalted_connector
-from vllm_trimix.config.entry import Resolved
+from vllm_trimix.config.entry import Resolved, TrimixConfig
 from vllm_trimix.config.layers import format_layers
 from vllm_trimix.config.resolve import resolve
 from vllm_trimix.config.shallow import COMPILED_CPU_MIN_SEQ_LEN, DEFAULT_MIN_SEQ_LEN
 from vllm_trimix.kernels import cpp_sparse
 from vllm_trimix.untrusted import quoted
+
+logger = init_logger("vllm.vllm_trimix")
 
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2")
 
@@ -42,6 +45,7 @@ def resolve_into(vllm_config: Any) -> None:
         return
     if vllm_config.model_config is None:
         return
+    _check_place(additional)
     _check_model(vllm_config)
     _check_features(vllm_config)
     model_config = vllm_config.model_config
@@ -61,6 +65,26 @@ def resolve_into(vllm_config: Any) -> None:
         _check_connector(vllm_config)
     _check_dense_backend(resolved)
     vllm_config.additional_config = {**additional, RESOLVED: resolved.model_dump(mode="json")}
+
+
+def _check_place(additional: dict[str, Any]) -> None:
+    """Refuses an entry that stands where nobody reads it; beside a right one, it may be another plugin's."""
+    misnamed = misnamed_entry(additional)
+    loose = [key for key in additional if key in TrimixConfig.model_fields]
+    if misnamed is not None:
+        message = f"additional_config.{misnamed}: TRIMIX reads its entry as '{ENTRY}'; write {{\"{ENTRY}\": {{...}}}}"
+    elif loose:
+        own = json.dumps({key: additional[key] for key in loose}, default=str)
+        own = own if len(own) <= 200 else "{...}"
+        message = (
+            f"additional_config: {', '.join(loose)} stand beside the '{ENTRY}' entry, where TRIMIX doesn't read them; "
+            f'write them into it: {{"{ENTRY}": {own}}}'
+        )
+    else:
+        return
+    if ENTRY not in additional:
+        raise ValueError(message)
+    logger.warning_once("%s. It is ignored.", message)
 
 
 def _check_copy(additional: dict[str, Any]) -> None:

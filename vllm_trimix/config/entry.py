@@ -137,6 +137,8 @@ def _explain(raw: dict[str, Any], item: dict[str, Any]) -> str:
     key = str(item["loc"][0])
     if item["type"] == "extra_forbidden":
         valid = list(TrimixConfig.model_fields)
+        if key == "trimix" and isinstance(raw[key], dict):
+            return "'trimix' stands inside itself: write its keys without it here"
         near = difflib.get_close_matches(key[:100], valid, n=1, cutoff=0.5)
         # n_last is the published kernel's own spelling of last_n.
         hint = "last_n" if key == "n_last" else near[0] if near else None
