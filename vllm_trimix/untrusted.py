@@ -6,6 +6,7 @@ a few lines at most.
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import reprlib
@@ -14,6 +15,22 @@ from typing import Any
 
 MAX_TOKENS = 2**31 - 1
 """Of every setting that counts tokens: what the kernels' 32-bit positions hold."""
+
+# The longer ones first: one begins with another.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_NO_TEXTS = (
+    (b"\x1f\x8b", "gzip"),
+    (b"PK\x03\x04", "zip"),
+    (b"PAR1", "Parquet"),
+    (b"(\xb5/\xfd", "zstd"),
+    (b"BZh", "bzip2"),
+)
 
 _MAX_QUOTED = 200
 _MAX_KEYS = 100
@@ -111,3 +128,33 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{quoted(text)} is too large for a number")
     return value
+
+
+def read_text(path: Path, label: str) -> str:
+    """A text file: UTF-8 whatever the locale, or what its byte-order mark says; without that mark.
+
+    Args:
+        path: The file.
+        label: What to call it in errors.
+
+    Raises:
+        ValueError: Starting with ``label``, and naming the line.
+        OSError: It can't be read.
+    """
+    raw = path.read_bytes()
+    kind = next((name for mark, name in _NO_TEXTS if raw.startswith(mark)), None)
+    if kind is not None:
+        raise ValueError(f"{label}: is a {kind} file, no text; unpack or convert it first")
+    encoding = next((name for mark, name in _MARKS if raw.startswith(mark)), "utf-8")
+    try:
+        return raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        if encoding.startswith("utf-8"):
+            # The decoder counts from behind the mark.
+            start = error.start + (len(codecs.BOM_UTF8) if encoding == "utf-8-sig" else 0)
+            line = raw.count(b"\n", 0, start) + 1
+            hint = "UTF-16 without its mark?" if b"\x00" in raw[:100] else "write the file as UTF-8"
+            raise ValueError(f"{label}, line {line}: byte 0x{raw[start]:02x} is not UTF-8; {hint}") from None
+        raise ValueError(
+            f"{label}: is not the {encoding.upper()} that its first bytes promise; save it as UTF-8"
+        ) from None

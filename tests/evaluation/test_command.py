@@ -298,7 +298,7 @@ def said(arguments: list[str]) -> tuple[int, str]:
             "configuration trimix: trimix.layers: '40' is outside this model's 3",
         ),
         (["ruler", "--ablation", "lastn"], "--ablation: 'lastn' is not an ablation"),
-        (["ruler", "--chat"], "--chat-template: the tokenizer of MODEL has no chat template"),
+        (["ruler", "--chat-template"], "--chat-template: the tokenizer of MODEL has no chat template"),
         (["ruler", "--server", "http://127.0.0.1:9"], "--server: http://127.0.0.1:9: Connection error."),
         (["ruler", "--server", "http://127.0.0.1:9", "--config", "a={}"], "--server: a running server has its"),
         (["agreement", "--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
@@ -310,7 +310,7 @@ def test_bad_input_is_one_line(
     arguments: list[str], says: str, circuit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(askers, "_ENGINE", "no.such.module")
-    if "--chat" in arguments:
+    if "--chat-template" in arguments:
         plain = tmp_path / "plain"
         plain.mkdir()
         for path in circuit.iterdir():

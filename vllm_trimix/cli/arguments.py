@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,56 @@ def add_trimix(parser: argparse.ArgumentParser, meaning: str, default: str | Non
 def add_trust(parser: argparse.ArgumentParser, what: str = "model") -> None:
     """``--trust-remote-code``."""
     parser.add_argument("--trust-remote-code", action="store_true", help=f"run code that comes with the {what}")
+
+
+def add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    """``--tokenizer`` and ``--chat-template-kwargs``: how prompts are made."""
+    add = parser.add_argument
+    add("--tokenizer", metavar="MODEL", help="HF id or path of another tokenizer, for models without their own")
+    add(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        default="{}",
+        help="arguments of the chat template, as vLLM takes them; thinking is off unless one of them says otherwise",
+    )
+
+
+def check_output(folder: Path) -> None:
+    """Refuses a folder for results that can't be made or written to, before there are any.
+
+    Raises:
+        ValueError: Naming what is in the way.
+    """
+    there = folder.resolve()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise ValueError(f"--output: {there} is no folder; name another one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--output: {there} can't be written to; name another folder")
+
+
+def check_packages(*names: str, extra: str) -> None:
+    """Refuses to begin where a package is missing that is needed at the end.
+
+    Raises:
+        ValueError: Naming them.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"this command needs {', '.join(missing)}: pip install 'vllm-trimix[{extra}]'")
+
+
+def read_object(flag: str, text: str) -> dict[str, Any]:
+    """The JSON object that a flag was given.
+
+    Raises:
+        ValueError: It is none.
+    """
+    value = read_json(flag, text)
+    if not isinstance(value, dict):
+        raise ValueError(f'{flag}: {text!r} is no JSON object; write e.g. {{"enable_thinking": false}}')
+    return value
 
 
 def read_json(flag: str, text: str) -> Any:

@@ -34,6 +34,10 @@ class Limit(NamedTuple):
     longest: int | None
     usual: int | None
 
+    def less(self, tokens: int) -> Limit:
+        """What is left of it beside as many tokens."""
+        return Limit(*(None if limit is None else limit - tokens for limit in self))
+
 
 def find(args: argparse.Namespace, config: Any, wanted: Sequence[int]) -> Limit:
     """The limit for ``eval``: a running server's, or what engines take with the user's flags.

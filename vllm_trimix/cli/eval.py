@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 from vllm_trimix.cli import arguments, engine_limit, eval_choices, hf_model
 from vllm_trimix.cli.output import teller
 from vllm_trimix.config.entry import Resolved
+from vllm_trimix.measurement import chat_template
+from vllm_trimix.measurement.engine_process import EngineDied
 
 TAKES_ENGINE_FLAGS = True
 
@@ -56,6 +59,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--server", metavar="URL", help="ask a running TRIMIX server, each prompt with and without opt-out")
     add("--served", metavar="NAME", help="the model's name on that server (default: the only one)")
     add("--chat-template", action="store_true", help="ask as a user's turn (default: the published base template)")
+    add(
+        "--max-answer-tokens",
+        type=arguments.whole,
+        metavar="N",
+        help="room for each answer, on top of the length (default: the published ones within it)",
+    )
     add("--prompts", type=Path, metavar="FILE", help="JSON lines of prompts, for agreement")
     add("--text", type=Path, metavar="FILE", help="a long text, for ppl")
     add(
@@ -67,6 +76,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add("--seed", type=int, default=42, help="of the prompts (default: %(default)s)")
     arguments.add_output(parser, note=" (default: trimix-eval/SUITE)")
+    arguments.add_tokenizer(parser)
     arguments.add_trust(parser, "model's tokenizer")
     parser.set_defaults(run=run, parser=parser)
 
@@ -78,43 +88,49 @@ def run(args: argparse.Namespace) -> int:
         ValueError: Something the user got wrong.
         OSError: A file that can't be read or written.
     """
-    # Heavy: scipy and the suites' own packages.
-    from vllm_trimix.evaluation.suites.registry import SUITES
-
-    suite = eval_choices.suite(args, SUITES)
-    source = hf_model.describe(args.model, trust_remote_code=args.trust_remote_code)
+    arguments.check_packages(
+        *("matplotlib", "scipy", "tqdm", "transformers", "openai" if args.server else "vllm"), extra="eval"
+    )
     # Heavy: scipy and the suites' own packages.
     from vllm_trimix.evaluation import askers, languages
     from vllm_trimix.evaluation.answers import Answers
     from vllm_trimix.evaluation.prompts import Prompts
     from vllm_trimix.evaluation.run import run as ask_all
     from vllm_trimix.evaluation.suite import Context
+    from vllm_trimix.evaluation.suites.registry import SUITES
 
+    suite = eval_choices.suite(args, SUITES)
+    folder = args.output or Path("trimix-eval") / suite.name
+    arguments.check_output(folder)
+    about = {"kind": "evaluation", "suite": suite.name, "model": args.model, "engine flags": args.flags}
+    answers = Answers(
+        folder, {**about, "asked": args.server or "engine", "seed": args.seed, "chat": args.chat_template}
+    )
+    tokenizer = args.tokenizer or eval_choices.flag(args.flags, "--tokenizer")
+    source = hf_model.describe(args.model, trust_remote_code=args.trust_remote_code, tokenizer=tokenizer)
+    template = hf_model.template_arguments(args, source.tokenizer)
     language = languages.detect(source.tokenizer)
     context = Context(
         tokenizer=source.tokenizer,
         language=language,
         seed=args.seed,
         chat=args.chat_template,
+        template_arguments=template,
+        thought_end=eval_choices.thought_end(args, source.tokenizer, template),
         depths=eval_choices.depths(args.depths) or suite.depths,
         prompts=args.prompts,
         text=args.text,
     )
-    if args.chat_template and not getattr(source.tokenizer, "chat_template", None):
-        raise ValueError(f"--chat-template: the tokenizer of {args.model} has no chat template; leave the flag out")
     tasks = eval_choices.tasks(args.tasks, suite, language)
     configurations = eval_choices.configurations(args, source, suite.entry)
-    limit = engine_limit.find(args, source.config, eval_choices.wanted_lengths(args.lengths, suite.lengths))
+    more = args.max_answer_tokens or 0
+    wanted = [length + more for length in eval_choices.wanted_lengths(args.lengths, suite.lengths)]
+    limit = engine_limit.find(args, source.config, wanted).less(more)
     lengths = eval_choices.lengths(args.lengths, suite.lengths, limit, args.model)
     samples = args.samples or suite.samples
-    folder = args.output or Path("trimix-eval") / suite.name
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {"kind": "evaluation", "suite": suite.name, "model": args.model, "engine flags": args.flags}
-    answers = Answers(
-        folder, {**about, "asked": args.server or "engine", "seed": args.seed, "chat": args.chat_template}
-    )
-    prompts = Prompts(tasks, context, lengths=lengths, count=samples)
-    start: Any = functools.partial(askers.EngineAsker, model=args.model, flags=args.flags, max_model_len=max(lengths))
+    prompts = Prompts(tasks, context, lengths=lengths, count=samples, max_answer_tokens=args.max_answer_tokens)
+    flags = [*args.flags, *(["--tokenizer", args.tokenizer] if args.tokenizer else [])]
+    start: Any = functools.partial(askers.EngineAsker, model=args.model, flags=flags, max_model_len=max(lengths) + more)
     if args.server:
         start = functools.partial(askers.ServerAsker, url=args.server, model=args.served)
     settings = {
@@ -123,9 +139,13 @@ def run(args: argparse.Namespace) -> int:
         "seed": args.seed,
         "language": language,
         "chat_template": args.chat_template,
+        "chat_template_kwargs": chat_template.in_use(source.tokenizer, template) if args.chat_template else {},
+        "max_answer_tokens": args.max_answer_tokens,
         "concurrency": args.concurrency,
         "asked": f"the server at {args.server}" if args.server else "one engine after the other",
     }
+    if settings["chat_template_kwargs"]:
+        _say(f"chat template with {json.dumps(settings['chat_template_kwargs'])} (--chat-template-kwargs)")
     _say(f"{', '.join(tasks)} at {', '.join(map(str, lengths))} tokens, {samples} of each; making prompts")
     with hf_model.Bars("prompt") as bars:
         try:
@@ -135,6 +155,10 @@ def run(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             _say(f"stopped; the same command goes on where it was ({folder})")
             raise
+        except EngineDied as died:
+            print(*died.last_lines, sep="\n", file=sys.stderr)
+            print(f"vllm-trimix: error: {died}", file=sys.stderr)
+            return 1
     return _finish(args, folder, suite.name, settings, configurations, prompts, answers, outcome)
 
 
@@ -162,6 +186,8 @@ def _finish(
         for c in configurations
     }
     results = cells.results(mine, resolved)
+    scored = [answer for answer in mine if answer.error is None and answer.measure == "answer"]
+    unfinished = sum(prompts.thought_end not in answer.text for answer in scored)
     stock = facts.get(configurations[0].name, {})
     evaluation = Evaluation(
         suite=suite,
@@ -174,7 +200,7 @@ def _finish(
         answers=mine,
         samples=outcome.samples,
         unavailable=prompts.unavailable,
-        notes=prompts.notes,
+        notes=[*prompts.notes, *(_unfinished(unfinished) if prompts.thought_end else [])],
         failures=outcome.failures,
         command=hf_model.command(args, positional=("suite", "model")),
     )
@@ -191,3 +217,7 @@ def _finish(
     for name in dict.fromkeys(idle):
         print(f"{name}: no row ran sparse; see vllm-trimix doctor", file=sys.stderr)
     return int(bool(evaluation.failed or evaluation.failures or idle))
+
+
+def _unfinished(count: int) -> list[str]:
+    return [f"{count} answers end inside of a thought and score 0: raise --max-answer-tokens"] if count else []

@@ -13,6 +13,7 @@ from vllm_trimix.cli.engine_limit import Limit
 from vllm_trimix.cli.output import teller
 from vllm_trimix.config.entry import Resolved
 from vllm_trimix.config.resolve import resolve
+from vllm_trimix.measurement import chat_template
 
 _say = teller("eval")
 
@@ -37,6 +38,29 @@ def suite(args: argparse.Namespace, there: Mapping[str, Any]) -> Any:
     return there[args.suite]
 
 
+def thought_end(args: argparse.Namespace, tokenizer: Any, template: Mapping[str, Any]) -> str:
+    """What ends the thoughts that answers begin with; empty where thinking is off.
+
+    Raises:
+        ValueError: There is no chat template, it refuses a question, or thoughts have no room.
+    """
+    if args.chat_template and not chat_template.has_template(tokenizer):
+        raise ValueError(f"--chat-template: the tokenizer of {args.model} has no chat template; leave the flag out")
+    if not args.chat_template:
+        if template and args.prompts is None:
+            raise ValueError("--chat-template-kwargs: prompts are no turns of the chat template; add --chat-template")
+        return ""
+    turns = [{"role": "user", "content": "a"}]
+    chat_template.render(tokenizer, turns, where="--chat-template", arguments=template, answered=False)
+    end = chat_template.thought_end(tokenizer, template)
+    if end is not None and args.max_answer_tokens is None and args.suite != "agreement":
+        raise ValueError(
+            f"--chat-template-kwargs: {args.chat_template_kwargs} lets the model think, and a thought needs more room "
+            "than the published answers have: add --max-answer-tokens, e.g. 4096, or leave thinking off"
+        )
+    return end or ""
+
+
 def tasks(asked: str | None, suite: Any, language: str) -> dict[str, Any]:
     """``--tasks``: the suite's that can be said in the model's language.
 
@@ -57,8 +81,24 @@ def tasks(asked: str | None, suite: Any, language: str) -> dict[str, Any]:
     return {name: there[name] for name in there if name in names}
 
 
+def flag(flags: Sequence[str], name: str) -> str | None:
+    """What an engine flag is given, as ``NAME VALUE`` or ``NAME=VALUE``; None where it isn't there."""
+    for word, after in zip(flags, [*flags[1:], None], strict=False):
+        if word == name:
+            return after
+        if word.startswith(f"{name}="):
+            return word.removeprefix(f"{name}=")
+    return None
+
+
 def lengths(asked: str | None, default: Sequence[int], limit: Limit, model: str) -> tuple[int, ...]:
     """``--lengths``, ascending; by default those of the suite that the model is made for.
+
+    Args:
+        asked: As given.
+        default: The suite's.
+        limit: Tokens that are taken, less what answers have on top.
+        model: Its name.
 
     Raises:
         ValueError: No length, or more than is taken.

@@ -7,9 +7,11 @@ import platform
 import shlex
 from typing import Any, NamedTuple
 
-from vllm_trimix.cli.arguments import add_trust
+from vllm_trimix.cli.arguments import add_tokenizer, add_trust, read_object
 from vllm_trimix.config.context import max_length
+from vllm_trimix.measurement.chat_template import check_arguments
 from vllm_trimix.measurement.hardware import cpu_name
+from vllm_trimix.measurement.tokenizers import load_tokenizer
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +20,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto: CUDA where there is one")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: the checkpoint's")
     add("--seed", type=int, default=0)
+    add_tokenizer(parser)
     add_trust(parser)
 
 
@@ -67,17 +70,18 @@ class Description(NamedTuple):
     max_length: int | None
 
 
-def describe(model: str, *, trust_remote_code: bool) -> Description:
-    """Reads a model's configuration and tokenizer.
+def describe(model: str, *, trust_remote_code: bool, tokenizer: str | None = None) -> Description:
+    """Reads a model's configuration and its tokenizer, or another one.
 
     Raises:
+        ValueError: No tokenizer that can make prompts.
         OSError: No such model.
     """
     # Heavy.
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(model, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
     return Description(config, tokenizer, max_length(config))
 
 
@@ -92,7 +96,7 @@ def find(args: argparse.Namespace) -> Source:
     import torch
 
     device = torch.device(_device(args.device))
-    config, tokenizer, limit = describe(args.model, trust_remote_code=args.trust_remote_code)
+    config, tokenizer, limit = describe(args.model, trust_remote_code=args.trust_remote_code, tokenizer=args.tokenizer)
     dtype = getattr(torch, args.dtype) if args.dtype != "auto" else getattr(config, "dtype", None) or torch.float32
     load = {"trust_remote_code": args.trust_remote_code}
     return Source(args.model, config, tokenizer, dtype, device, limit, load)
@@ -111,6 +115,17 @@ def _device(name: str) -> str:
     except RuntimeError as error:
         raise ValueError(f"--device: {name}: {str(error).splitlines()[0]}") from None
     return name
+
+
+def template_arguments(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
+    """``--chat-template-kwargs``.
+
+    Raises:
+        ValueError: No JSON object, or the chat template reads no such argument.
+    """
+    given = read_object("--chat-template-kwargs", args.chat_template_kwargs)
+    check_arguments(tokenizer, given)
+    return given
 
 
 def environment(device: Any) -> dict[str, str]:
@@ -175,4 +190,5 @@ class Bars:
         if name != self._name:
             self.__exit__(None)
             self._name, self._bar = name, tqdm(total=total, desc=name, unit=self.unit)
-        self._bar.update(done - self._bar.n)
+        self._bar.total = total
+        self._bar.update(max(0, done - self._bar.n))

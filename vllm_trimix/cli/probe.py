@@ -57,12 +57,15 @@ def run(args: argparse.Namespace) -> int:
 
     source = hf_model.find(args)
     limit, tokenizer = source.max_length, source.tokenizer
+    template = hf_model.template_arguments(args, tokenizer)
     if args.prompts is None and limit is not None and args.length > limit:
         raise ValueError(f"--length: {args.length} tokens: the model takes {limit}; take shorter prompts")
     if args.prompts is not None:
-        chosen = prompts.read(args.prompts, tokenizer)
+        chosen = prompts.read(args.prompts, tokenizer, template_arguments=template)
     else:
-        chosen = prompts.generate(tokenizer, length=args.length, count=args.samples, seed=args.seed)
+        chosen = prompts.generate(
+            tokenizer, length=args.length, count=args.samples, seed=args.seed, template_arguments=template
+        )
     if len(chosen) < 4:
         raise ValueError(f"{len(chosen)} prompts: two to score and two held out for the choice are the least; add some")
     prompts.check_lengths(chosen, pattern, max_length=limit)

@@ -211,10 +211,11 @@ def _check(args: argparse.Namespace) -> tuple[list[int], tuple[str, ...]]:
 def _prompts(args: argparse.Namespace, source: hf_model.Source, lengths: list[int]) -> Any:
     """Prompts, with the model's limit checked."""
     # Heavy: PyTorch.
-    from vllm_trimix.probing import prompts
+    from vllm_trimix.probing import prompt_files, prompts
 
     tokenizer, limit = source.tokenizer, source.max_length
-    lines = args.prompts is not None and args.prompts.suffix in (".jsonl", ".json")
+    template = hf_model.template_arguments(args, tokenizer)
+    lines = args.prompts is not None and prompt_files.is_json(args.prompts)
     if not lines and limit is not None and max(lengths) > limit:
         raise ValueError(f"--lengths: {max(lengths)} tokens: the model takes {limit}; take shorter prompts")
     if args.prompts is None:
@@ -227,9 +228,10 @@ def _prompts(args: argparse.Namespace, source: hf_model.Source, lengths: list[in
                 seed=args.seed,
                 kinds=("kv_retrieval",),
                 flag="--lengths",
+                template_arguments=template,
             )
     elif lines:
-        chosen = prompts.read(args.prompts, tokenizer, answers=False)
+        chosen = prompts.read(args.prompts, tokenizer, answers=False, template_arguments=template)
     else:
         chosen = prompts.read_text(args.prompts, tokenizer, lengths=lengths, flag="--lengths")
     prompts.check_max_length(chosen, limit)

@@ -65,7 +65,7 @@ def answer_of(configuration: str, settings: str, sample: Sample, said: dict[str,
         if sample.measure == Measure.PERPLEXITY:
             score = said["nll"]
         elif sample.measure == Measure.ANSWER:
-            score = METRICS[sample.metric](said["text"], sample.references)
+            score = METRICS[sample.metric](sample.spoken(said["text"]), sample.references)
     return Answer(
         configuration=configuration,
         settings=settings,
@@ -97,10 +97,10 @@ class Answers:
     """
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
-        """Reads what an earlier call left.
+        """Reads what an earlier call left. Nothing is written before there is something to keep.
 
         Args:
-            folder: It exists.
+            folder: It need not exist.
             about: What must be the same for answers to belong together, plain JSON.
 
         Raises:
@@ -109,8 +109,9 @@ class Answers:
         self._path = folder / "answers.jsonl"
         self._found: dict[tuple[str, str], Answer] = {}
         self.facts: dict[str, dict[str, Any]] = {}
-        if not self._path.exists():
-            self._path.write_text(json.dumps(about) + "\n")
+        self._header = json.dumps(about) + "\n"
+        self._begun = self._path.exists()
+        if not self._begun:
             return
         lines = self._path.read_text(encoding="utf-8").split("\n")
         try:
@@ -122,6 +123,10 @@ class Answers:
             raise ValueError(
                 f"--output: {self._path} holds no answers of an evaluation; choose another folder, or remove it"
             ) from None
+        if not any(answer.error is None for answer in answers):
+            # Nothing that could be mixed up: what failed may be tried again in another way.
+            self._begun, self.facts = False, {}
+            return
         if before != about:
             changed = [key for key in about if before.get(key) != about[key]]
             raise ValueError(
@@ -144,7 +149,7 @@ class Answers:
             ValueError: There are answers of this name under other settings.
         """
         for answer in self:
-            if answer.configuration == configuration and answer.settings != settings:
+            if answer.configuration == configuration and answer.settings != settings and answer.error is None:
                 raise ValueError(
                     f"--output: {self._path} has answers of another configuration named {configuration!r}; choose "
                     "another folder or another name"
@@ -158,17 +163,24 @@ class Answers:
     def put_facts(self, configuration: str, facts: dict[str, Any]) -> None:
         """Keeps what a configuration ran."""
         self.facts[configuration] = facts
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"configuration": configuration, "facts": facts}) + "\n")
+        self._append([json.dumps({"configuration": configuration, "facts": facts})])
 
     def put(self, answers: list[Answer]) -> None:
         """Keeps answers; a later one to the same sample takes the place of the earlier."""
-        with open(self._path, "a", encoding="utf-8") as file:
-            for answer in answers:
-                self._found[answer.configuration, answer.sample] = answer
-                # Empty fields say nothing.
-                kept = {key: value for key, value in asdict(answer).items() if value not in (None, (), "")}
-                file.write(json.dumps(kept) + "\n")
+        lines = []
+        for answer in answers:
+            self._found[answer.configuration, answer.sample] = answer
+            # Empty fields say nothing.
+            lines.append(
+                json.dumps({key: value for key, value in asdict(answer).items() if value not in (None, (), "")})
+            )
+        self._append(lines)
+
+    def _append(self, lines: list[str]) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._path, "a" if self._begun else "w", encoding="utf-8") as file:
+            file.write("".join(["" if self._begun else self._header, *(f"{line}\n" for line in lines)]))
+        self._begun = True
 
 
 def _parse(entry: dict[str, Any]) -> Answer:

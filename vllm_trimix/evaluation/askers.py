@@ -100,7 +100,12 @@ class EngineAsker:
     def ask(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
         """As ``Asker.ask``; an engine that died is told from its log."""
         prompts = [
-            {"tokens": sample.prompt, "max_tokens": sample.max_tokens, **_READ.get(sample.measure, {})}
+            {
+                "tokens": sample.prompt,
+                "max_tokens": sample.max_tokens,
+                "special_tokens": bool(sample.thought_end),
+                **_READ.get(sample.measure, {}),
+            }
             for sample in samples
         ]
         answers: list[dict[str, Any]] = self._process.ask({"prompts": prompts})["answers"]
@@ -217,7 +222,10 @@ class ServerAsker:
         import openai
 
         # A namespace of its own: no answer may come from rows that another rule computed.
-        extra = {"vllm_xargs": {"trimix": self._wants}, "cache_salt": uuid.uuid4().hex}
+        extra: dict[str, Any] = {"vllm_xargs": {"trimix": self._wants}, "cache_salt": uuid.uuid4().hex}
+        if sample.thought_end:
+            # It may be a special token.
+            extra["skip_special_tokens"] = False
         asked: dict[str, Any] = {
             "model": self._model,
             "prompt": list(sample.prompt),

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
@@ -61,7 +61,7 @@ def samples(context: Context, task: str, length: int, count: int) -> list[Sample
         generate = _generator(task, kind)
     for spare in _SPARE:
         tokenizer = _Counting(context, kind, spare)
-        with reach.silence(), _seeded(f"{context.seed} {task} {length}"):
+        with reach.silence(), _counted(context, kind, count), _seeded(f"{context.seed} {task} {length}"):
             try:
                 documents = generate(tokenizer, length, count)
             except (RuntimeError, ValueError) as error:
@@ -227,6 +227,26 @@ def _module(kind: str) -> Any:
         finally:
             nltk.download = download
     return module
+
+
+@contextmanager
+def _counted(context: Context, kind: str, count: int) -> Iterator[None]:
+    """Tells how many documents there are so far, in place of lm-eval's own bar."""
+    module = _module(kind).prepare_niah if kind == "niah" else _module(kind)
+    bar = module.tqdm
+
+    def counted(numbers: Sequence[int], *_: Any, **__: Any) -> Iterator[int]:
+        for place, number in enumerate(numbers, start=1):
+            yield number
+            # The example of vt has a bar of its own.
+            if len(numbers) == count:
+                context.made(place)
+
+    module.tqdm = counted
+    try:
+        yield
+    finally:
+        module.tqdm = bar
 
 
 @contextmanager

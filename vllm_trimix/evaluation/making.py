@@ -9,7 +9,8 @@ from typing import Any
 
 from vllm_trimix.evaluation.sample import Sample
 from vllm_trimix.evaluation.suite import Context
-from vllm_trimix.measurement.prompt_text import NoRoom, largest, templated, token_ids
+from vllm_trimix.measurement.chat_template import has_template, render
+from vllm_trimix.measurement.prompt_text import NoRoom, largest, token_ids
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,21 @@ def tokens_of(context: Context, asked: Asked) -> tuple[int, ...]:
         ValueError: Turns are asked for and the tokenizer has no chat template.
     """
     if context.chat:
-        if not getattr(context.tokenizer, "chat_template", None):
+        if not has_template(context.tokenizer):
             raise ValueError(
                 "--chat-template: the model's tokenizer has no chat template; leave the option out for a base model"
             )
         turns = [{"role": "user", "content": asked.text}]
-        text = templated(context.tokenizer, turns, where="--chat-template") + asked.prefix
+        text, tokens = render(
+            context.tokenizer,
+            turns,
+            where="--chat-template",
+            arguments=context.template_arguments,
+            prefix="" if context.thought_end else asked.prefix,
+            answered=not context.thought_end,
+        )
+        if tokens is not None:
+            return tuple(tokens)
     else:
         joined = not asked.prefix or asked.text[-1:].isspace() or asked.prefix[0].isspace()
         text = asked.text + ("" if joined else asked.delimiter) + asked.prefix
@@ -56,10 +66,13 @@ def named(
     context: Context, task: str, length: int, count: int, depths: tuple[float, ...] = ()
 ) -> Iterator[tuple[float | None, int, str]]:
     """Depth, index and seed of each sample: nothing else names it, so others may come and go."""
+    made = 0
     for depth in depths or (None,):
         for index in range(count):
             place = "" if depth is None else f" {depth:g}"
             yield depth, index, f"{context.seed} {task} {length}{place} {index}"
+            made += 1
+            context.made(made)
 
 
 def fill(

@@ -15,9 +15,10 @@ from vllm_trimix.evaluation.sample import Measure
 
 def write(folder: Path, evaluation: Evaluation) -> None:
     """Writes ``result.json``, ``report.md`` and the plots that fit the suite."""
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").write_text(json.dumps(as_json(evaluation), indent=1) + "\n")
     pictures = plots.draw(folder, evaluation.results, evaluation.configurations)
-    (folder / "report.md").write_text(markdown(evaluation, pictures))
+    (folder / "report.md").write_text(markdown(evaluation, pictures), encoding="utf-8")
 
 
 def console(evaluation: Evaluation) -> list[str]:

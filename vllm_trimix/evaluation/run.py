@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from vllm_trimix.evaluation.prompts import Prompts
 from vllm_trimix.evaluation.sample import Sample
 from vllm_trimix.measurement.engine_process import EngineDied
 
+_MAKING = "making prompts"
 _MAX_FAILURES = 10
 """Failures in a row after which a configuration is given up: the reason is not the prompt."""
 
@@ -51,14 +53,18 @@ def run(
 
     Raises:
         ValueError: Something the user got wrong.
+        EngineDied: The first engine ended before it was ready.
     """
     outcome = Outcome()
     for configuration in configurations:
         answers.check_settings(configuration.name, configuration.settings)
-    cells = list(prompts.cells())
-    for number, cell in enumerate(cells):
-        progress("making prompts", number, len(cells))
-        outcome.samples.update({sample.name: sample.digest for sample in prompts.samples(cell)})
+    ready: dict[str, Asker] = {}
+    try:
+        _make(prompts, outcome, progress, lambda: _start_first(configurations, answers, start, ready))
+    except BaseException:
+        for asker in ready.values():
+            asker.__exit__(*sys.exc_info())
+        raise
     total = len(outcome.samples)
     for configuration in configurations:
         missing = total - sum(
@@ -72,13 +78,46 @@ def run(
         if not missing:
             continue
         try:
-            with start(configuration) as asker:
+            with ready.pop(configuration.name, None) or start(configuration) as asker:
                 _ask(asker, configuration, prompts, answers, concurrency, progress, total - missing, total)
         except (EngineDied, Lost) as error:
             outcome.failures[configuration.name] = str(error)
         else:
             answers.put_facts(configuration.name, asker.facts)
     return outcome
+
+
+def _make(
+    prompts: Prompts, outcome: Outcome, progress: Callable[[str, int, int], None], made_first: Callable[[], None]
+) -> None:
+    """Makes all samples, and says so when the first are there."""
+    cells = list(prompts.cells())
+    total = len(cells) * prompts.expected
+    for cell in cells:
+        done = len(outcome.samples)
+
+        def made(count: int, done: int = done, total: int = total) -> None:
+            progress(_MAKING, min(done + count, total), total)
+
+        made(0)
+        found = {sample.name: sample.digest for sample in prompts.samples(cell, made=made)}
+        outcome.samples.update(found)
+        total += len(found) - prompts.expected
+        progress(_MAKING, len(outcome.samples), total)
+        if found and not done:
+            made_first()
+
+
+def _start_first(
+    configurations: Sequence[Configuration],
+    answers: Answers,
+    start: Callable[[Configuration], Asker],
+    ready: dict[str, Asker],
+) -> None:
+    """Starts the first configuration before minutes of work: a model or a flag that is wrong shows now."""
+    first = configurations[0]
+    if not any(answer.configuration == first.name and answer.error is None for answer in answers):
+        ready[first.name] = start(first)
 
 
 def _ask(

@@ -40,6 +40,7 @@ class Sample:
         depth: Where in the document the answer lies, 0 to 1; None where that isn't varied.
         source: Where the data comes from, e.g. ``lm-eval 0.4.13`` or ``own``.
         comparable: Whether scores may be held against published ones of this task.
+        thought_end: What ends the thought that the answer begins with; empty where it begins with none.
     """
 
     task: str
@@ -53,6 +54,7 @@ class Sample:
     depth: float | None = None
     source: str = "own"
     comparable: bool = False
+    thought_end: str = ""
 
     @property
     def name(self) -> str:
@@ -64,7 +66,14 @@ class Sample:
     def digest(self) -> str:
         """A hash of all that decides the answer and its score."""
         content = (self.prompt, self.references, self.metric, self.max_tokens, str(self.measure))
+        content += (self.thought_end,) if self.thought_end else ()
         return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+    def spoken(self, answer: str) -> str:
+        """What an answer says behind its thought; nothing where that doesn't end."""
+        if not self.thought_end:
+            return answer
+        return answer.rpartition(self.thought_end)[2] if self.thought_end in answer else ""
 
 
 def _all(answer: str, references: tuple[str, ...]) -> float:

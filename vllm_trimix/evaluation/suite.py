@@ -26,9 +26,12 @@ class Context:
         language: Key of ``languages.LANGUAGES``.
         seed: Of all random choices; with task, length and index it names a prompt.
         chat: Whether prompts are a user's turn in the model's chat template.
+        template_arguments: The user's, of the chat template; thinking is off without any.
         depths: Where answers lie, 0 to 1, for tasks that vary it.
         prompts: The user's file of prompts, for ``agreement``.
         text: The user's text file, for ``ppl``.
+        thought_end: What ends the thought that answers begin with; empty where they begin with none.
+        made: Told how many samples of a task and length there are so far.
         notes: What the makers have to tell the user, e.g. what was left out; see ``note``.
     """
 
@@ -36,9 +39,12 @@ class Context:
     language: str = "english"
     seed: int = 42
     chat: bool = False
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
     depths: tuple[float, ...] = ()
     prompts: Path | None = None
     text: Path | None = None
+    thought_end: str = ""
+    made: Callable[[int], None] = field(default=lambda count: None, compare=False)
     notes: list[str] = field(default_factory=list, compare=False)
 
     def note(self, text: str) -> None:

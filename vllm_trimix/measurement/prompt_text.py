@@ -1,11 +1,10 @@
-"""Prompts as texts and tokens: special tokens, chat templates, texts that fill a length, key-value pairs."""
+"""Prompts as texts and tokens: special tokens, texts that fill a length, key-value pairs."""
 
 from __future__ import annotations
 
 import random
 import uuid
 from collections.abc import Callable, Iterable
-from functools import cache
 from typing import Any
 
 _GUESSES = 8
@@ -23,6 +22,16 @@ class NoRoom(ValueError):
         self.shortest = shortest
 
 
+class NeverLonger(ValueError):
+    """A tokenizer under which a text of more and more units gets no more tokens."""
+
+    def __init__(self, size: int, tokens: int) -> None:
+        super().__init__(
+            f"the tokenizer makes {tokens} tokens of a text, however long it gets (so far {size} units): no text would "
+            "fill the length; take the model's own, complete tokenizer (--tokenizer)"
+        )
+
+
 def token_ids(tokenizer: Any, text: str) -> list[int]:
     """Tokens of a prompt, with those that the tokenizer adds; a chat template brings its own."""
     bos = getattr(tokenizer, "bos_token", None)
@@ -30,21 +39,6 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
     # Not verbose: it would say that the text is longer than some models take.
     ids: list[int] = tokenizer(text, add_special_tokens=add, verbose=False).input_ids
     return ids
-
-
-def templated(tokenizer: Any, messages: list[Any], *, where: str) -> str:
-    """A conversation in the tokenizer's chat template, up to where the answer begins.
-
-    Raises:
-        ValueError: There is no template, or it refuses; the text begins with ``where``.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(f'{where}: this tokenizer has no chat template for "messages"; give the text as "prompt"')
-    try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:
-        raise ValueError(f"{where}: the tokenizer's chat template refuses it: {error}") from None
-    return text
 
 
 def largest(count: Callable[[int], int], *, limit: int, low: int) -> int:
@@ -57,8 +51,18 @@ def largest(count: Callable[[int], int], *, limit: int, low: int) -> int:
 
     Raises:
         NoRoom: The text of size ``low`` is longer.
+        NeverLonger: Twice the text has no more tokens.
     """
-    count = cache(count)
+    known: dict[int, int] = {}
+
+    def growing(size: int) -> int:
+        if size not in known:
+            known[size] = tokens = counted(size)
+            if any(2 * smaller <= size and tokens <= fewer for smaller, fewer in known.items()):
+                raise NeverLonger(size, tokens)
+        return known[size]
+
+    counted, count = count, growing
     first, shortest = low, count(low)
     if shortest > limit:
         raise NoRoom(shortest)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_trimix.measurement.prompt_text import NoRoom, draw_uuid, json_pairs, largest, templated, token_ids
+from vllm_trimix.measurement.chat_template import Rendered, has_template, render
+from vllm_trimix.measurement.prompt_text import NoRoom, draw_uuid, json_pairs, largest, token_ids
 from vllm_trimix.patterns.triangle import Triangle
+from vllm_trimix.probing import prompt_files
 from vllm_trimix.probing.gradient import Sample
+from vllm_trimix.untrusted import read_text as decoded
 
 _KV_HEAD = "Extract the value corresponding to the specified key in the JSON object below.\n\n"
 _KV_TAIL = '\n\nKey: "{key}"\nWhat is the value of this key? Give the value only.'
@@ -57,6 +59,7 @@ def generate(
     seed: int,
     kinds: Sequence[str] = ("kv_retrieval", "multi_needle"),
     flag: str = "--length",
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> list[Prompt]:
     """``count`` prompts of at most ``length`` tokens, of the kinds by turns.
 
@@ -70,46 +73,41 @@ def generate(
         "multi_needle": multi_needle,
     }
     return [
-        _fit(tokenizer, kind, makers[kind], random.Random(f"{seed} {index}"), length, flag)
+        _fit(tokenizer, kind, makers[kind], random.Random(f"{seed} {index}"), length, flag, template_arguments)
         for index in range(count)
         for kind in [kinds[index % len(kinds)]]
     ]
 
 
-def read(path: Path, tokenizer: Any, *, answers: bool = True) -> list[Prompt]:
-    """Prompts from a file: a JSON object a line, ``{"prompt": TEXT or "messages": [...], "answer": TEXT}``.
+def read(
+    path: Path, tokenizer: Any, *, answers: bool = True, template_arguments: Mapping[str, Any] | None = None
+) -> list[Prompt]:
+    """Prompts from a file, of our own form (``{"prompt": TEXT or "messages": [...], "answer": TEXT}``) or a known one.
 
     Args:
-        path: The file.
+        path: JSON lines or an array; see ``prompt_files``.
         tokenizer: The model's.
-        answers: Whether every line needs an answer.
+        answers: Whether every prompt needs an answer.
+        template_arguments: The user's, of the chat template.
 
     Raises:
-        ValueError: A line that isn't such an object, with its number.
+        ValueError: What isn't such a prompt, with file and line.
         OSError: The file can't be read.
     """
     prompts = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        if not line.strip():
+    for given in prompt_files.read(path, answers=answers):
+        if given.text is not None:
+            prompts.append(_encode(tokenizer, "file", Rendered(given.text), given.answer))
             continue
-        where = f"--prompts: {path}, line {number}"
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where}: not JSON: {error}") from None
-        if isinstance(entry, dict) and not answers:
-            entry.setdefault("answer", "")
-        if not isinstance(entry, dict) or not isinstance(entry.get("answer"), str) or (answers and not entry["answer"]):
-            raise ValueError(f'{where}: expected {{"prompt": ..., "answer": ...}} with texts, got {line[:80]}')
-        if isinstance(entry.get("prompt"), str):
-            text = entry["prompt"]
-        elif isinstance(entry.get("messages"), list):
-            text = templated(tokenizer, entry["messages"], where=where)
-        else:
-            raise ValueError(f'{where}: neither "prompt" (a text) nor "messages" (a list), got {line[:80]}')
-        prompts.append(_encode(tokenizer, "file", text, entry["answer"]))
-    if not prompts:
-        raise ValueError(f"--prompts: {path} holds no prompts")
+        assert given.messages is not None
+        rendered = render(
+            tokenizer,
+            given.messages,
+            where=given.where,
+            arguments=template_arguments,
+            answered=answers or bool(given.answer),
+        )
+        prompts.append(_encode(tokenizer, "file", rendered, given.answer))
     return prompts
 
 
@@ -117,14 +115,11 @@ def read_text(path: Path, tokenizer: Any, *, lengths: Sequence[int], flag: str) 
     """A text file's first tokens, a prompt for each length, without answers.
 
     Raises:
-        ValueError: The text is shorter than a length, which ``flag`` sets.
+        ValueError: No text, or one that is shorter than a length, which ``flag`` sets.
         OSError: The file can't be read.
     """
-    try:
-        text = path.read_text()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts: {path}: not a text: {error}") from None
-    tokens = tuple(tokenizer(text).input_ids)
+    text = decoded(path, f"--prompts: {path}")
+    tokens = tuple(tokenizer(text, verbose=False).input_ids)
     if len(tokens) < max(lengths):
         raise ValueError(f"{flag}: {max(lengths)} tokens: {path} has {len(tokens)}; take shorter ones or a longer text")
     return [Prompt("text", text, "", Sample(tokens[:length], ())) for length in lengths]
@@ -165,6 +160,7 @@ def _fit(
     rng: random.Random,
     length: int,
     flag: str,
+    arguments: Mapping[str, Any] | None,
 ) -> Prompt:
     """The largest text of its kind within the length; its seed's content grows with its size."""
     state = rng.getstate()
@@ -172,7 +168,7 @@ def _fit(
     def at(size: int) -> Prompt:
         rng.setstate(state)
         text, answer = make(rng, size)
-        return _encode(tokenizer, kind, _asked(tokenizer, text), answer)
+        return _encode(tokenizer, kind, _asked(tokenizer, text, arguments), answer)
 
     try:
         return at(largest(lambda size: len(at(size).sample.prompt), limit=length, low=_NUM_NEEDLES))
@@ -200,17 +196,17 @@ def multi_needle(rng: random.Random, size: int) -> tuple[str, str]:
     return " ".join(sentences) + _NEEDLE_TAIL.format(city=cities[asked]), numbers[asked]
 
 
-def _asked(tokenizer: Any, text: str) -> str:
+def _asked(tokenizer: Any, text: str, arguments: Mapping[str, Any] | None) -> Rendered:
     """The text as a user's turn where the tokenizer has a chat template, with the start of the answer."""
-    if getattr(tokenizer, "chat_template", None):
-        return templated(tokenizer, [{"role": "user", "content": text}], where="chat template")
-    return text + "\nAnswer: "
+    if has_template(tokenizer):
+        return render(tokenizer, [{"role": "user", "content": text}], where="chat template", arguments=arguments)
+    return Rendered(text + "\nAnswer: ")
 
 
-def _encode(tokenizer: Any, kind: str, text: str, answer: str) -> Prompt:
-    tokens = token_ids(tokenizer, text)
+def _encode(tokenizer: Any, kind: str, prompt: Rendered, answer: str) -> Prompt:
+    tokens = token_ids(tokenizer, prompt.text) if prompt.tokens is None else prompt.tokens
     answer_tokens = tokenizer(answer, add_special_tokens=False).input_ids
-    return Prompt(kind, text, answer, Sample(tuple(tokens), tuple(answer_tokens)))
+    return Prompt(kind, prompt.text, answer, Sample(tuple(tokens), tuple(answer_tokens)))
 
 
 def describe(prompts: list[Prompt]) -> Iterator[str]:

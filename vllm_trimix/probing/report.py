@@ -35,7 +35,7 @@ def write(folder: Path, outcome: Outcome, *, environment: dict[str, str], prompt
     preset.write_text(json.dumps(preset_of(outcome, environment, prompts), indent=2) + "\n")
     scores = {**asdict(outcome), "sections": SECTIONS, "environment": environment, "prompts": prompts}
     (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
-    (folder / "report.md").write_text(markdown(outcome, environment, prompts, command))
+    (folder / "report.md").write_text(markdown(outcome, environment, prompts, command), encoding="utf-8")
     plot_importance(outcome, folder / "importance.png")
     plot_quality(outcome, folder / "quality.png")
     return preset

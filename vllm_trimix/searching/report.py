@@ -51,7 +51,7 @@ def write(folder: Path, outcome: Outcome, source: Source) -> Path:
     path = folder / "heads.json"
     write_head_file(path, outcome.patterns(), model=outcome.settings.model, provenance=provenance(outcome, source))
     (folder / "search.json").write_text(json.dumps(figures(outcome, source), indent=1) + "\n")
-    (folder / "report.md").write_text(markdown(outcome, source))
+    (folder / "report.md").write_text(markdown(outcome, source), encoding="utf-8")
     plot_patterns(outcome, folder / "patterns.png")
     plot_costs(outcome, folder / "costs.png")
     return path

@@ -52,9 +52,9 @@ def configure(
 def answer(engine: Any, message: dict[str, Any]) -> dict[str, Any]:
     """Runs the prompts of a message together; an answer each, in their order, under ``answers``.
 
-    A prompt has ``tokens`` and ``max_tokens``, and may have ``nll`` (true: its own tokens are scored) and ``logprobs``
-    (so many of the likeliest tokens at each place of the answer). One that vLLM refuses is answered with the key
-    ``error``.
+    A prompt has ``tokens`` and ``max_tokens``, and may have ``nll`` (true: its own tokens are scored), ``logprobs``
+    (so many of the likeliest tokens at each place of the answer) and ``special_tokens`` (true: the text has them). One
+    that vLLM refuses is answered with the key ``error``.
     """
     answers: list[dict[str, Any]] = [{} for _ in message["prompts"]]
     waiting = {}
@@ -83,6 +83,7 @@ def _params(prompt: dict[str, Any]) -> SamplingParams:
         max_tokens=prompt["max_tokens"],
         logprobs=prompt.get("logprobs"),
         prompt_logprobs=0 if prompt.get("nll") else None,
+        skip_special_tokens=not prompt.get("special_tokens"),
         flat_logprobs=True,
     )
 

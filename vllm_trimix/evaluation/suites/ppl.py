@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from vllm_trimix.demo.prompts import make_demo_prompt
@@ -16,6 +15,7 @@ from vllm_trimix.evaluation.languages import ENGLISH, RECORDS, VAULT, trained_ke
 from vllm_trimix.evaluation.sample import Measure, Sample
 from vllm_trimix.evaluation.suite import Context, Suite, Unavailable
 from vllm_trimix.measurement.prompt_text import token_ids
+from vllm_trimix.untrusted import read_text
 
 _BOOKS = "emozilla/pg19-test"
 # The engine must generate one.
@@ -25,7 +25,7 @@ _ANSWER_TOKENS = 1
 def _documents(context: Context, length: int, count: int) -> list[Sample]:
     """Windows of the user's text, or of PG-19's books."""
     if context.text is not None:
-        texts, source = [_read(context.text)], f"own: {context.text.name}"
+        texts, source = [read_text(context.text, f"--text: {context.text}")], f"own: {context.text.name}"
     else:
         try:
             texts, source = reach.dataset(_BOOKS, "test", "text"), f"datasets {_BOOKS}"
@@ -58,13 +58,6 @@ def _windows(tokenizer: Any, texts: list[str], tokens: int) -> Iterator[tuple[in
 @lru_cache(maxsize=128)
 def _tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--text: {path}: not a text: {error}") from None
 
 
 def _vault(context: Context, length: int, count: int) -> list[Sample]:
