@@ -133,7 +133,7 @@ def _probe(folder: Path) -> Path:
         scores={"grad": [[0.1, 0.2, 0.3 * layer] for layer in range(4)]},
         ablation=None,
         importance=[0.0, 0.3, 0.6, 0.9],
-        sliding=[],
+        stock={},
         orders={"importance": [0, 1, 2, 3]},
         drops={"importance": drops},
         correct={"importance": [1.0, 1.0, 1.0, 0.5, 0.0]},

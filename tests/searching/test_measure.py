@@ -13,7 +13,7 @@ import torch
 
 from tests.probing.models import FAMILIES, tiny, tokens
 from tests.searching.patterns import PATTERNS, Inputs, inputs
-from vllm_trimix.hf_attention import attention_modules
+from vllm_trimix.hf_attention.layers import attention_layers
 from vllm_trimix.kernels.sparse_index import build_index
 from vllm_trimix.patterns.base import DynamicPattern
 from vllm_trimix.searching import measure as measure_module
@@ -126,7 +126,7 @@ def test_every_familys_projection_is_found(name: str) -> None:
     model = tiny(name)
     text = model.config.get_text_config()
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    for module in attention_modules(model):
+    for module in attention_layers(model).values():
         weight = output_weight(module, num_heads=4, head_size=size, hidden_size=64)
         assert weight is not None
         heads = torch.randn(4, size)

@@ -109,7 +109,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _say(outcome: Any, preset: Path, folder: Path) -> int:
+    # Heavy: PyTorch.
+    from vllm_trimix.probing.report import stock_sentence
+
     print(f"triangle layers: {format_layers(outcome.chosen)} ({len(outcome.chosen)} of {len(outcome.importance)})")
+    if outcome.stock:
+        print(stock_sentence(outcome.stock))
     print(f"report: {folder / 'report.md'}")
     if outcome.correct["importance"][0] < 0.5:
         print("The model rarely gives these answers even densely: the choice proves little. Take other --prompts.")

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         needed, length=longest, dtype=source.dtype, device=source.device, what="search", flag="--lengths or --prompts"
     )
     model = source.model()
-    layers = _without_windows(model, layers, chosen[0].sample, named=args.layers is not None)
+    layers = _without_stock(model, layers, named=args.layers is not None)
     settings = search.Settings(
         model=args.model,
         candidates=tuple(describe(pattern) for pattern in given),
@@ -266,20 +266,25 @@ def _layers(spec: str | None, triangle: Collection[int] | None, num_layers: int)
     return layers
 
 
-def _without_windows(model: Any, layers: tuple[int, ...], sample: Any, *, named: bool) -> tuple[int, ...]:
-    """Layers with a sliding window of their own stay as they are, as in vLLM."""
+def _without_stock(model: Any, layers: tuple[int, ...], *, named: bool) -> tuple[int, ...]:
+    """Layers that can't be sparse stay as they are, as in vLLM."""
     # Heavy: PyTorch.
-    from vllm_trimix.probing.choice import TriangleModel
-    from vllm_trimix.probing.gradient import Sample
+    from vllm_trimix.hf_attention.layers import describe, layer_heads
+    from vllm_trimix.probing.probe import check_layers
 
-    with TriangleModel(model, Triangle()) as triangle:
-        sliding = triangle.sliding_layers(Sample(sample.prompt[:2], sample.prompt[:1]))
-    if named and sliding & set(layers):
-        raise ValueError(
-            f"--layers: {format_layers(sliding & set(layers))} have a sliding window of their own and stay as they "
-            "are; leave them out"
-        )
-    left = tuple(layer for layer in layers if layer not in sliding)
+    stock = check_layers(model)
+    found = {layer: stock[layer] for layer in layers if layer in stock}
+    if named and found:
+        raise ValueError(f"--layers: {format_layers(found)} stay as they are ({describe(found)}); leave them out")
+    left = tuple(layer for layer in layers if layer not in found)
     if not left:
-        raise ValueError("no layer is left to search: all have a sliding window of their own")
+        raise ValueError(f"no layer is left to search: all stay as they are ({describe(found)})")
+    if found:
+        print(f"vllm-trimix: layers that stay as they are: {describe(found)}", file=sys.stderr)
+    heads = {layer: layer_heads(model, layer)[0] for layer in left}
+    if len(set(heads.values())) > 1:
+        raise ValueError(
+            f"layers {format_layers(left)} have {min(heads.values())} to {max(heads.values())} query heads; a head "
+            "file has as many in each, so take layers alike by --layers"
+        )
     return left

@@ -50,19 +50,10 @@ class TriangleModel:
         self._settings.layers, self._settings.prompt_len = frozenset(layers), len(sample.prompt)
         return answer_quality(self._model, sample)
 
-    def sliding_layers(self, sample: Sample) -> frozenset[int]:
-        """Layers with a sliding window of their own: they are never triangle layers. One short forward pass."""
-        found = set()
-
-        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layer: int, **rule: Any) -> torch.Tensor:
-            if rule["sliding_window"] is not None:
-                found.add(layer)
-            return q
-
-        self._settings.attend = attend
-        self.quality(Sample(sample.prompt[:2], sample.answer[:1]), ())
-        self._settings.attend = None
-        return frozenset(found)
+    @property
+    def stock(self) -> dict[int, str]:
+        """Layers that can't be triangle layers, with the reason."""
+        return self._settings.stock
 
 
 @torch.no_grad()

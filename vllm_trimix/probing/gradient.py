@@ -16,13 +16,17 @@ Memory is linear in the prompt: layers are recomputed one by one (gradient check
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from vllm_trimix.hf_attention import TriangleAttention, attend, dense_mask, install
+from vllm_trimix.hf_attention import layers as hf_layers
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.probing import SCORES
 
@@ -54,7 +58,7 @@ class SectionScores:
     """Scores of one sample.
 
     Attributes:
-        values: Score -> [layer][section], in the order of ``SECTIONS``.
+        values: Score -> [layer][section], in the order of ``SECTIONS``; 0 in layers that stay stock.
         logprob: Log-probability of the answer, dense, natural log, summed over its tokens.
     """
 
@@ -64,13 +68,15 @@ class SectionScores:
 
 @dataclass
 class _Recorder:
-    """Sums that the backward passes of the layers leave: [layers, sections, sums] in fp64."""
+    """Sums that the backward passes of the layers leave: [layers, sections, sums] in fp64, and each layer's heads."""
 
     pattern: Triangle
     prompt_len: int
     sums: torch.Tensor
+    heads: dict[int, int] = field(default_factory=dict)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layer: int, **rule: Any) -> torch.Tensor:
+        self.heads[layer] = q.shape[1]
         if not torch.is_grad_enabled():
             return attend(q, k, v, **{**rule, "pattern": None})
         out: torch.Tensor = _Probed.apply(q, k, v, self, layer, rule)
@@ -111,7 +117,7 @@ def _backward(
     scale, soft_cap = rule["scale"], rule["soft_cap"]
     for start in range(0, num_rows, BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, num_rows)
-        visible = dense_mask(start, stop, rule["sliding_window"], q.device)
+        visible = dense_mask(start, stop, q.device)
         sections = section_masks(recorder.pattern, recorder.prompt_len, start, stop, visible)
         for kv_head in range(num_kv_heads):
             heads = slice(kv_head * group, (kv_head + 1) * group)
@@ -173,25 +179,26 @@ def score_sample(model: Any, sample: Sample, pattern: Triangle, *, objective: Ob
     Raises:
         ValueError: The model's attention can't be replaced, or wasn't used.
     """
-    num_layers = model.config.get_text_config().num_hidden_layers
+    num_layers = hf_layers.num_layers(model)
     # On the device: a backward pass adds to it thousands of times and must not wait for each.
     sums = torch.zeros(num_layers, len(SECTIONS), len(SCORES), dtype=torch.float64, device=model.device)
     recorder = _Recorder(pattern, len(sample.prompt), sums)
-    with _probing(model, recorder):
+    with _probing(model, recorder) as settings:
         logits = answer_logits(model, sample)
         answer = torch.tensor(sample.answer, device=logits.device)
         chosen = logits.gather(1, answer[:, None]).sum()
         logprob = chosen - torch.logsumexp(logits, dim=-1).sum()
         (chosen if objective == "logit" else logprob).backward()
-    if not recorder.sums[:, :, SCORES.index("mass")].any(dim=1).all():
+    able = [layer for layer in range(num_layers) if layer not in settings.stock]
+    if not recorder.sums[able, :, SCORES.index("mass")].any(dim=1).all():
         raise ValueError(f"{type(model).__name__}: not every layer's attention went through AttentionInterface")
-    rows, heads = len(sample.prompt) + len(sample.answer) - 1, model.config.get_text_config().num_attention_heads
-    return SectionScores(_normalised(recorder, rows, heads), float(logprob.detach()))
+    return SectionScores(_normalised(recorder, len(sample.prompt) + len(sample.answer) - 1), float(logprob.detach()))
 
 
-def _normalised(recorder: _Recorder, rows: int, heads: int) -> dict[str, list[list[float]]]:
+def _normalised(recorder: _Recorder, rows: int) -> dict[str, list[list[float]]]:
     contribution, gradient, centred, mass = recorder.sums.cpu().unbind(-1)
     visible = dense_pairs(recorder.pattern, recorder.prompt_len, rows)
+    heads = torch.tensor([recorder.heads.get(layer, 1) for layer in range(len(recorder.sums))])[:, None]
     pairs = torch.tensor([max(1, count) for count in visible], dtype=torch.float64) * heads
     found = {
         "contribution": contribution,
@@ -212,32 +219,37 @@ def dense_pairs(pattern: Triangle, prompt_len: int, rows: int) -> tuple[int, int
 def answer_logits(model: Any, sample: Sample) -> torch.Tensor:
     """Logits that predict the answer's tokens, teacher-forced: [answer tokens, vocabulary], fp32."""
     tokens = torch.tensor([[*sample.prompt, *sample.answer[:-1]]], device=model.device)
-    logits: torch.Tensor = model(input_ids=tokens, use_cache=False, logits_to_keep=len(sample.answer)).logits
-    return logits[0].float()
+    # Logits of a whole prompt are large.
+    few = {"logits_to_keep": len(sample.answer)} if "logits_to_keep" in _parameters(model) else {}
+    logits: torch.Tensor = model(input_ids=tokens, use_cache=False, **few).logits
+    return logits[0, -len(sample.answer) :].float()
+
+
+def _parameters(model: Any) -> Any:
+    """Of a model's forward pass, by name."""
+    return inspect.signature(model.forward).parameters
 
 
 @contextlib.contextmanager
 def _probing(model: Any, recorder: _Recorder) -> Iterator[TriangleAttention]:
-    """Attention that records, layers recomputed one by one, parameters without gradients, no dropout."""
+    """Attention that records, layers recomputed one by one, parameters without gradients."""
     settings = install(model, layers=[], pattern=recorder.pattern)
     settings.prompt_len, settings.attend = recorder.prompt_len, recorder.attend
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    was_training = model.training
+    layers = list(hf_layers.layer_list(model))
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
-        # transformers recomputes only in training mode.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Not transformers' own gradient checkpointing: that needs training mode, where routers draw noise and some
+        # models want more inputs, and not every model has it.
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         model.enable_input_require_grads()
-        model.train()
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.eval()
         yield settings
     finally:
         model.disable_input_require_grads()
-        model.gradient_checkpointing_disable()
-        model.train(was_training)
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
         for parameter in trainable:
             parameter.requires_grad_(True)
         settings.remove()

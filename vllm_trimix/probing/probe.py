@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from vllm_trimix.hf_attention import layers as hf_layers
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.probing import choice
 from vllm_trimix.probing.gradient import SECTIONS, Objective, Sample, SectionScores, mean_scores, score_sample
@@ -54,8 +55,8 @@ class Outcome:
         settings: As it ran.
         scores: Mean gradient scores: score -> [layer][section]; None with ``ablation`` alone.
         ablation: [layer][sample] nats lost; None with ``gradient`` alone.
-        importance: [layer], what ranks.
-        sliding: Layers with a sliding window of their own, never in a set.
+        importance: [layer], what ranks; 0 in stock layers.
+        stock: Layers that stay as they are by the model's own design, never in a set, with the reason.
         orders: Order -> layers.
         drops: Order -> [k][sample], nats lost with the first k layers in triangle.
         correct: Order -> [k], share of samples whose answer stays the likeliest.
@@ -67,7 +68,7 @@ class Outcome:
     scores: dict[str, list[list[float]]] | None
     ablation: list[list[float]] | None
     importance: list[float]
-    sliding: list[int]
+    stock: dict[int, str]
     orders: dict[str, list[int]]
     drops: dict[str, list[list[float]]]
     correct: dict[str, list[float]]
@@ -94,8 +95,9 @@ def run(
         saved: Where finished work is kept.
         progress: Told the phase, and how much of it is done.
     """
-    num_layers = model.config.get_text_config().num_hidden_layers
+    num_layers = hf_layers.num_layers(model)
     pattern = settings.pattern
+    stock = check_layers(model)
     scores, ablation = None, None
     if settings.method != "ablation":
         found = []
@@ -105,20 +107,19 @@ def run(
             found.append(saved.get(f"score {index}", score))
         scores = mean_scores([SectionScores(**item) for item in found])
     with choice.TriangleModel(model, pattern) as triangle:
-        sliding = sorted(triangle.sliding_layers(scored[0]))
 
         def quality(name: str, sample: Sample, layers: Iterable[int]) -> choice.Quality:
             key = f"{name} {','.join(map(str, sorted(layers)))}"
             return choice.Quality(**saved.get(key, partial(triangle.quality, sample, layers)))
 
         if settings.method != "gradient":
-            ablation = _ablate(quality, scored, num_layers, progress)
+            ablation = _ablate(quality, scored, num_layers, stock, progress)
         if scores is not None:
             importance = [row[SECTIONS.index("middle")] for row in scores[settings.score]]
         else:
             assert ablation is not None
             importance = [statistics.fmean(row) for row in ablation]
-        orders = choice.orders(importance, excluded=sliding, num_random=settings.num_random, seed=settings.seed)
+        orders = choice.orders(importance, excluded=stock, num_random=settings.num_random, seed=settings.seed)
         drops: dict[str, list[list[float]]] = {}
         correct: dict[str, list[float]] = {}
         dense = [quality(f"held out {index}", sample, ()) for index, sample in enumerate(held_out)]
@@ -135,18 +136,37 @@ def run(
                 correct[name].append(statistics.fmean(item.correct for item in now))
     chosen = sorted(orders["importance"][: choice.choose(drops["importance"])])
     logprobs = [item.logprob for item in dense]
-    return Outcome(settings, scores, ablation, importance, sliding, orders, drops, correct, logprobs, chosen)
+    return Outcome(settings, scores, ablation, importance, stock, orders, drops, correct, logprobs, chosen)
+
+
+def check_layers(model: Any) -> dict[int, str]:
+    """Layers that stay stock, with the reason.
+
+    Raises:
+        ValueError: The model's attention can't be replaced, or no layer can be a triangle layer.
+    """
+    hf_layers.check_model(model)
+    stock = hf_layers.stock_layers(model)
+    if len(stock) == hf_layers.num_layers(model):
+        raise ValueError(
+            f"{type(model).__name__}: no layer can be sparse: all stay stock ({hf_layers.describe(stock)})"
+        )
+    return stock
 
 
 def _ablate(
     quality: Callable[[str, Sample, Iterable[int]], choice.Quality],
     scored: Sequence[Sample],
     num_layers: int,
+    stock: Collection[int],
     progress: Progress,
 ) -> list[list[float]]:
-    """Middle knocked out in one layer at a time: [layer][sample], nats that the answer loses."""
+    """Middle knocked out in one layer at a time: [layer][sample], nats that the answer loses; 0 in stock layers."""
     found = []
     for layer in range(num_layers):
+        if layer in stock:
+            found.append([0.0] * len(scored))
+            continue
         row = []
         for index, sample in enumerate(scored):
             progress("ablation", layer * len(scored) + index, num_layers * len(scored))

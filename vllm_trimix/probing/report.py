@@ -15,6 +15,15 @@ from vllm_trimix.probing.choice import CONFIDENCE, MAX_DROP, upper_bound
 from vllm_trimix.probing.gradient import SECTIONS
 from vllm_trimix.probing.probe import Outcome
 
+_WORDS = {
+    "no_attention": "no attention",
+    "sliding_window": "a sliding window of their own",
+    "chunked_attention": "chunked attention",
+    "learned_sinks": "learned sinks",
+    "position_bias": "a position bias",
+    "not_decoder": "no causal attention",
+    "kv_sharing": "another layer's keys and values",
+}
 _COLOURS = {"streaming": "#56B4E9", "last": "#E69F00", "middle": "#D55E00"}
 
 
@@ -88,14 +97,18 @@ def markdown(outcome: Outcome, environment: dict[str, str], prompts: list[str], 
             "Take prompts that it can answer.**",
             "",
         ]
-    if outcome.sliding:
-        lines += [
-            f"Layers {format_layers(outcome.sliding)} have a sliding window of their own and stay as they are.",
-            "",
-        ]
+    if outcome.stock:
+        lines += [f"{stock_sentence(outcome.stock)} They stay as they are: not ranked, not in the preset.", ""]
     lines += ["![importance](importance.png)", "", "![quality](quality.png)", "", *_layer_table(outcome), ""]
     lines += [*_quality_table(outcome), ""]
     return "\n".join(lines)
+
+
+def stock_sentence(stock: dict[int, str]) -> str:
+    """Which layers can't be triangle layers, and why."""
+    reasons = dict.fromkeys(stock.values())
+    groups = ((format_layers([layer for layer in stock if stock[layer] == reason]), reason) for reason in reasons)
+    return "Layers without a choice: " + "; ".join(f"{layers} ({_WORDS[reason]})" for layers, reason in groups) + "."
 
 
 def _layer_table(outcome: Outcome) -> list[str]:
@@ -110,6 +123,9 @@ def _layer_table(outcome: Outcome) -> list[str]:
     ]
     ranked = outcome.orders["importance"]
     for layer in range(len(outcome.importance)):
+        if layer in outcome.stock:
+            lines.append(f"| {layer} | {' | '.join(['-'] * len(names))} | - | {_WORDS[outcome.stock[layer]]} |")
+            continue
         values = [f"{rows[layer][SECTIONS.index('middle')]:.3g}" for rows in scores.values()]
         values += [f"{statistics.fmean(ablation[layer]):.3g}"] if ablation else []
         rank = str(ranked.index(layer) + 1) if layer in ranked else "-"

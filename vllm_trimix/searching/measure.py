@@ -63,12 +63,16 @@ def output_weight(module: Any, *, num_heads: int, head_size: int, hidden_size: i
         hidden_size: Of the model.
     """
     for name in ("o_proj", "out_proj", "dense", "c_proj", "wo"):
-        weight = getattr(getattr(module, name, None), "weight", None)
+        child = getattr(module, name, None)
+        weight = getattr(child, "weight", None)
+        if isinstance(weight, torch.Tensor) and type(child).__name__ == "Conv1D":
+            # GPT-2 keeps its matrices the other way round.
+            weight = weight.T
         if not isinstance(weight, torch.Tensor) or weight.shape != (hidden_size, num_heads * head_size):
             continue
         # Quantised weights are left alone: what their numbers mean is the quantiser's business.
         if weight.dtype in (torch.float32, torch.bfloat16, torch.float16):
-            return weight.detach().view(hidden_size, num_heads, head_size)
+            return weight.detach().reshape(hidden_size, num_heads, head_size)
     return None
 
 

@@ -10,6 +10,7 @@ import torch
 
 from vllm_trimix import hf_attention
 from vllm_trimix.hf_attention import TriangleAttention
+from vllm_trimix.hf_attention.layers import attention_layers, layer_heads
 from vllm_trimix.patterns.base import DynamicPattern
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.searching import selected
@@ -76,16 +77,15 @@ def measure_prompt(
         raise ValueError(f"{type(model).__name__}: not every layer's attention went through AttentionInterface")
 
 
-def output_weights(model: Any) -> list[torch.Tensor | None]:
-    """Each layer's output projection where it is a plain matrix."""
-    text = model.config.get_text_config()
-    heads, hidden = text.num_attention_heads, text.hidden_size
-    size = getattr(text, "head_dim", None) or hidden // heads
-    modules = {module.layer_idx: module for module in hf_attention.attention_modules(model)}
-    return [
-        output_weight(modules[layer], num_heads=heads, head_size=size, hidden_size=hidden)
-        for layer in range(text.num_hidden_layers)
-    ]
+def output_weights(model: Any) -> dict[int, torch.Tensor | None]:
+    """Output projections of the layers with attention where they are plain matrices."""
+    modules = attention_layers(model)
+    found = {}
+    for layer, module in modules.items():
+        heads, size = layer_heads(model, layer)
+        hidden = model.config.get_text_config().hidden_size
+        found[layer] = output_weight(module, num_heads=heads, head_size=size, hidden_size=hidden)
+    return found
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from vllm_trimix.hf_attention.layers import num_layers
 from vllm_trimix.patterns.base import DynamicPattern
 from vllm_trimix.patterns.registry import describe
 from vllm_trimix.probing.choice import Quality, answer_quality
@@ -191,7 +192,7 @@ def run(
     heads = {layer: [candidates[index] for index in found.chosen] for layer, found in layers.items()}
     dense, sparse = _check(model, settings, heads, samples, folder, progress)
     return Outcome(
-        settings, score, budget, tolerance, candidates, len(weights), unweighted, layers, prompts, dense, sparse
+        settings, score, budget, tolerance, candidates, num_layers(model), unweighted, layers, prompts, dense, sparse
     )
 
 

@@ -10,6 +10,7 @@ Needs torch and transformers only. Memory is linear in the prompt; the band cost
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -18,7 +19,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from vllm_trimix.config.layers import format_layers
 from vllm_trimix.config.resolve import resolve
+from vllm_trimix.hf_attention import layers as hf_layers
+from vllm_trimix.hf_attention import stock as hf_stock
+from vllm_trimix.hf_attention.stock import Visibility
 from vllm_trimix.patterns.triangle import Triangle
 
 NAME = "vllm_trimix"
@@ -33,15 +38,18 @@ class TriangleAttention:
     """What a model's attention layers do; its fields may be changed between forward passes.
 
     Attributes:
-        layers: Triangle layers, indices. Layers with a sliding window of their own stay as they are.
+        layers: Triangle layers, indices. Those in ``stock`` stay as they are.
         pattern: The triangle's parameters.
+        stock: Layers that stay as they are by the model's own design, with the reason.
         prompt_len: Prompt tokens; None takes the length of the forward pass that starts the sequence.
-        attend: What computes a layer instead, for research: same arguments as ``attend``, plus ``layer``.
+        attend: What computes a layer instead, for research: same arguments as ``attend``, plus ``layer``. Stock layers
+            don't come to it.
         model: The model, weakly.
     """
 
     layers: frozenset[int]
     pattern: Triangle
+    stock: dict[int, str]
     prompt_len: int | None = None
     attend: Attend | None = None
     model: Any = None
@@ -52,13 +60,13 @@ class TriangleAttention:
         """Gives the model its own attention back."""
         model = self.model()
         if model is not None:
-            model.set_attn_implementation(self._previous)
-            for module in attention_modules(model):
+            hf_layers.text_part(model).set_attn_implementation(self._previous)
+            for module in hf_layers.attention_layers(model).values():
                 del module.trimix
 
-    def prompt_len_of(self, rows: int, keys: int) -> int:
-        """Prompt tokens of the sequence that a forward pass of these rows belongs to."""
-        if rows == keys:
+    def prompt_len_of(self, rows: int, first: int) -> int:
+        """Prompt tokens of the sequence that a forward pass of these rows, the first at this position, belongs to."""
+        if first == 0:
             self._current_len = rows
         return self._current_len if self.prompt_len is None else self.prompt_len
 
@@ -101,41 +109,55 @@ def use_triangle(
         "n_local": n_local,
         "last_n": last_n,
     }
-    text = model.config.get_text_config()
     resolved = resolve(
         {key: value for key, value in entry.items() if value is not None},
         model=model.config.name_or_path,
-        num_layers=text.num_hidden_layers,
+        num_layers=hf_layers.num_layers(model),
         model_entry=getattr(model.config, "trimix", None),
         text_config=text,
     )
+    _check_layers(model, resolved.layers)
     return install(model, layers=resolved.layers, pattern=resolved.triangle)
 
 
+def _check_layers(model: Any, layers: Iterable[int]) -> None:
+    """Refuses a set in which no layer can be sparse, and names the layers of any other that stay stock."""
+    hf_layers.check_model(model)
+    known = hf_layers.stock_layers(model)
+    stock = {layer: known[layer] for layer in layers if layer in known}
+    if stock and len(stock) == len(set(layers)):
+        able = [layer for layer in range(hf_layers.num_layers(model)) if layer not in known]
+        raise ValueError(
+            f"layers: {format_layers(stock)} all stay stock in {model.config.name_or_path or type(model).__name__} "
+            f"({hf_layers.describe(stock)}); eligible: {format_layers(able)}"
+        )
+    if stock:
+        warnings.warn(f"TRIMIX: stock_layers={hf_layers.describe(stock)}: these layers stay as they are", stacklevel=3)
+
+
 def install(model: Any, *, layers: Iterable[int], pattern: Triangle) -> TriangleAttention:
-    """``use_triangle`` with everything decided."""
+    """``use_triangle`` with everything decided.
+
+    Raises:
+        ValueError: A model whose attention can't be replaced.
+    """
     # Heavy.
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    num_layers = model.config.get_text_config().num_hidden_layers
+    modules, part = hf_layers.check_model(model), hf_layers.text_part(model)
     settings = TriangleAttention(
         frozenset(layers),
         pattern,
+        hf_layers.stock_layers(model),
         model=weakref.ref(model),
-        _previous=model.config._attn_implementation,
+        _previous=part.config._attn_implementation,
     )
-    modules = attention_modules(model)
-    if len(modules) != num_layers or not model._can_set_attn_implementation():
-        raise ValueError(
-            f"{type(model).__name__}: its attention can't be replaced ({len(modules)} of {num_layers} layers have a "
-            "layer_idx and go through transformers' AttentionInterface); it needs a model that supports "
-            "attn_implementation"
-        )
     AttentionInterface.register(NAME, _forward)
-    AttentionMaskInterface.register(NAME, _refuse_padding)
-    model.set_attn_implementation(NAME)
-    for module in modules:
-        module.trimix = settings
+    AttentionMaskInterface.register(NAME, hf_stock.visibility)
+    # The text part alone: what sees images stays as it is.
+    part.set_attn_implementation(NAME)
+    for layer, module in modules.items():
+        module.trimix = settings, layer
     return settings
 
 
@@ -148,28 +170,26 @@ def attend(
     prompt_len: int,
     scale: float,
     soft_cap: float = 0.0,
-    sliding_window: int | None = None,
 ) -> torch.Tensor:
     """Attention of the last rows of a sequence under the rule, exact, in blocks of rows.
 
     Args:
         q: Queries, [batch, num_heads, num_rows, head_size].
         k: Keys, [batch, num_kv_heads, num_keys, head_size]; the rows are the last of the ``num_keys`` positions.
-        v: Values, like ``k``.
+        v: Values, like ``k``; their heads may have another size.
         pattern: The triangle, or None for dense rows.
         prompt_len: Prompt tokens, for the triangle's last rows.
         scale: Softmax scale.
         soft_cap: Logits become ``soft_cap * tanh(logit / soft_cap)``; 0 is off.
-        sliding_window: Keys that a row sees, counting itself, where the layer has a window of its own.
 
     Returns:
-        Like ``q``.
+        Like ``q``, with the values' head size.
     """
     num_rows, num_keys = q.shape[2], k.shape[2]
     first = num_keys - num_rows
-    if pattern is None and num_rows == num_keys and not soft_cap and sliding_window is None:
+    if pattern is None and num_rows == num_keys and not soft_cap:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    out = torch.empty_like(q)
+    out = q.new_empty(*q.shape[:3], v.shape[3])
     body = 0 if pattern is None else min(max(0, prompt_len - pattern.last_n - first), num_rows)
     for start, stop in _blocks(0, body):
         assert pattern is not None
@@ -178,17 +198,15 @@ def attend(
         block_k, block_v = (x.index_select(2, block_keys) for x in (k, v))
         out[:, :, start:stop] = _attend_block(q[:, :, start:stop], block_k, block_v, visible, scale, soft_cap)
     for start, stop in _blocks(body, num_rows):
-        visible = dense_mask(first + start, first + stop, sliding_window, q.device)
+        visible = dense_mask(first + start, first + stop, q.device)
         block_k, block_v = (x[:, :, : first + stop] for x in (k, v))
         out[:, :, start:stop] = _attend_block(q[:, :, start:stop], block_k, block_v, visible, scale, soft_cap)
     return out
 
 
-def dense_mask(start: int, stop: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
-    """Visibility of the keys [0, stop) for the rows [start, stop): bool [stop - start, stop]."""
-    rows, keys = _rows(start, stop, device)[:, None], torch.arange(stop, device=device)
-    visible = keys <= rows
-    return visible if sliding_window is None else visible & (rows - keys < sliding_window)
+def dense_mask(start: int, stop: int, device: torch.device) -> torch.Tensor:
+    """Causal visibility of the keys [0, stop) for the rows [start, stop): bool [stop - start, stop]."""
+    return torch.arange(stop, device=device) <= _rows(start, stop, device)[:, None]
 
 
 def _forward(
@@ -196,7 +214,7 @@ def _forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: Any,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -204,36 +222,38 @@ def _forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Registered with ``AttentionInterface``: [batch, heads, rows, head_size] to [batch, rows, heads, head_size]."""
-    settings: TriangleAttention = module.trimix
-    if attention_mask is not None or kwargs.get("s_aux") is not None:
-        raise ValueError(f"layer {module.layer_idx}: masks of one's own and learned sinks are not supported")
+    settings, layer = getattr(module, "trimix", (None, None))
+    rows, first = query.shape[2], key.shape[2] - query.shape[2]
+    plain = attention_mask is None
+    if isinstance(attention_mask, Visibility):
+        first = attention_mask.first
+        plain = attention_mask.is_causal
+    plain = plain and kwargs.get("s_aux") is None
+    if settings is None or layer in settings.stock or not plain:
+        if settings is not None and layer not in settings.stock and (layer in settings.layers or settings.attend):
+            raise ValueError(
+                f"layer {layer}: it has learned sinks, or a mask that isn't plain causal (a window, images, a mask of "
+                "one's own); leave it out of the layers"
+            )
+        given = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, **kwargs}
+        given = {name: item for name, item in given.items() if item is not None}
+        return hf_stock.forward(module, query, key, value, attention_mask, block_rows=BLOCK_ROWS, **given), None
     out = (settings.attend or _attend_layer)(
         query,
-        key,
-        value,
-        layer=module.layer_idx,
-        # A layer with a window of its own stays as it is, as in vLLM.
-        pattern=settings.pattern if module.layer_idx in settings.layers and sliding_window is None else None,
-        prompt_len=settings.prompt_len_of(query.shape[2], key.shape[2]),
+        # A static cache is longer than what it holds.
+        key[:, :, : first + rows],
+        value[:, :, : first + rows],
+        layer=layer,
+        pattern=settings.pattern if layer in settings.layers else None,
+        prompt_len=settings.prompt_len_of(rows, first),
         scale=query.shape[3] ** -0.5 if scaling is None else scaling,
         soft_cap=softcap or 0.0,
-        sliding_window=sliding_window,
     )
     return out.transpose(1, 2).contiguous(), None
 
 
 def _attend_layer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layer: int, **rule: Any) -> torch.Tensor:
     return attend(q, k, v, **rule)
-
-
-def _refuse_padding(*, attention_mask: torch.Tensor | None = None, **_: Any) -> None:
-    if attention_mask is not None and not bool(attention_mask.all()):
-        raise ValueError("attention_mask hides tokens: padded batches are not supported; pass prompts of one length")
-
-
-def attention_modules(model: Any) -> list[Any]:
-    """The attention module of each layer: transformers gives it its layer's index and the softmax scale."""
-    return [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "scaling")]
 
 
 def _blocks(begin: int, end: int) -> list[tuple[int, int]]:
