@@ -14,6 +14,7 @@ from vllm.platforms import current_platform
 from vllm_trimix.backend.names import ENTRY, RESOLVED, misnamed_entry
 from vllm_trimix.backend.namespaces import SALT_AWARE_CONNECTORS, unsalted_connector
 from vllm_trimix.config.entry import Resolved, TrimixConfig
+from vllm_trimix.config.layer_types import type_reason
 from vllm_trimix.config.layers import format_layers
 from vllm_trimix.config.resolve import resolve
 from vllm_trimix.config.shallow import COMPILED_CPU_MIN_SEQ_LEN, DEFAULT_MIN_SEQ_LEN
@@ -235,10 +236,5 @@ def _mixes_windows(text_config: Any) -> bool:
 
 def _type_reason(kind: str, windowed: bool) -> str | None:
     """Why a layer of this Hugging Face ``layer_types`` entry stays stock, or None."""
-    if "sliding" in kind:
-        return "sliding_window" if windowed else None
-    if "chunked" in kind:
-        return "chunked_attention"
-    if any(word in kind for word in ("linear", "conv", "mamba", "moe", "mlp", "recurrent")):
-        return "no_attention"
-    return None
+    reason = type_reason(kind)
+    return None if reason == "sliding_window" and not windowed else reason

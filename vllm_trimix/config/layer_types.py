@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-NO_ATTENTION = "no_attention"
-
-_NO_ATTENTION_WORDS = ("linear", "conv", "mamba", "moe", "mlp", "recurrent")
+_NO_ATTENTION = ("linear", "conv", "mamba", "moe", "mlp", "recurrent")
 
 
 def type_reason(kind: str) -> str | None:
@@ -13,4 +11,6 @@ def type_reason(kind: str) -> str | None:
         return "sliding_window"
     if "chunked" in kind:
         return "chunked_attention"
-    return NO_ATTENTION if any(word in kind for word in _NO_ATTENTION_WORDS) else None
+    if any(word in kind for word in _NO_ATTENTION):
+        return "no_attention"
+    return None

@@ -114,7 +114,7 @@ def use_triangle(
         model=model.config.name_or_path,
         num_layers=hf_layers.num_layers(model),
         model_entry=getattr(model.config, "trimix", None),
-        text_config=text,
+        text_config=model.config.get_text_config(),
     )
     _check_layers(model, resolved.layers)
     return install(model, layers=resolved.layers, pattern=resolved.triangle)

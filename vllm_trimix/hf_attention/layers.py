@@ -11,8 +11,10 @@ from typing import Any
 
 from torch.nn import ModuleList
 
-from vllm_trimix.config.layer_types import NO_ATTENTION, type_reason
+from vllm_trimix.config.layer_types import type_reason
 from vllm_trimix.config.layers import format_layers
+
+NO_ATTENTION = "no_attention"
 
 
 def num_layers(model: Any) -> int:
