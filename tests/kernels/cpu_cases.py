@@ -115,7 +115,9 @@ KINDS: tuple[Callable[[random.Random, Any], DynamicPattern], ...] = (
     ),
     lambda rng, size: VerticalSlash(rng.choice((30, 40, 64, 100)), rng.choice((50, 100, 110, 160)), block_size=size),
     lambda rng, size: BlockSparse(rng.choice((2, 3, 4)), block_size=size),
-    lambda rng, size: FlexPrefill(rng.choice((0.3, 0.5, 0.9)), rng.choice((0.0, 0.1, 1.0)), block_size=size),
+    lambda rng, size: FlexPrefill(
+        rng.choice((0.3, 0.5, 0.9)), rng.choice((0.0, 0.1, 1.0)), block_size=size, min_budget=rng.choice((0, 0, 40))
+    ),
     lambda rng, size: XAttention(rng.choice((0.2, 0.5, 0.9)), rng.choice((4, 8, 16)), block_size=size),
     lambda rng, size: Dense(block_size=size),
 )

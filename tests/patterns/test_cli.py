@@ -60,7 +60,7 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
         assert re.search(r"what +\S.{20,}", entries[name])
         assert re.search(r"layers +shallow layers .* head file", entries[name])
         assert all(kernel in entries[name] for kernel in KERNELS.values())
-    assert "parameters  gamma=0.95 tau=0.1 block_size=128\n" in entries["flexprefill"]
+    assert "parameters  gamma=0.95 tau=0.1 block_size=128 min_budget=0 max_budget=None\n" in entries["flexprefill"]
 
 
 def test_list_names_the_triangle(capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +125,16 @@ def test_show_one_layer(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("show", file, "--layer", 2) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["0", "0.0137", "a_shape", "n_init=100", "n_local=800", "block_size=64"]
-    assert lines[3].split() == ["2", "-", "flexprefill", "gamma=0.9", "tau=0.1", "block_size=64"]
+    assert lines[3].split() == [
+        "2",
+        "-",
+        "flexprefill",
+        "gamma=0.9",
+        "tau=0.1",
+        "block_size=64",
+        "min_budget=0",
+        "max_budget=None",
+    ]
     assert len(lines) == 5
     assert run("show", file, "--layer", 1) == 0
     assert capsys.readouterr().out == "left out\n"

@@ -45,12 +45,16 @@ def own(*layers: object, **keys: object) -> dict[str, object]:
 def test_reads_minference(tmp_path: Path) -> None:
     shuffled = {head: LAYER[head] for head in ("2", "0", "3", "1")}
     file = read(tmp_path, [LAYER, shuffled])
-    assert file == HeadFile((HEADS, HEADS), "minference", None, {})
+    note = "block_sparse heads take 100 blocks: MInference's kernel ignores a file's number"
+    notes = (f"{note} (of 2, the first: layer 0, head 2: [8, 1])",)
+    assert file == HeadFile((HEADS, HEADS), "minference", None, {}, notes)
 
 
 def test_small_numbers_rise_to_the_published_least(tmp_path: Path) -> None:
     file = read(tmp_path, [{"0": ["vertical_and_slash", 0, 49, 1], "1": ["vertical_and_slash", 31, 51, 1]}])
     assert file.layers == ((VerticalSlash(30, 50), VerticalSlash(31, 51)),)
+    (note,) = file.notes
+    assert note.startswith("at least 30 verticals and 50 slashes are taken, as in MInference's code (of 1, the first: ")
 
 
 def test_more_than_ten_heads_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
@@ -65,6 +69,42 @@ def test_reads_our_own(tmp_path: Path) -> None:
     assert (file.source, file.model, file.provenance) == ("vllm-trimix", "m", {"date": "2026-01-01"})
     bare = read(tmp_path, own([{"pattern": "a_shape"}]))
     assert (bare.model, bare.provenance) == (None, {})
+
+
+def test_reads_the_heads_of_minferences_training_branch(tmp_path: Path) -> None:
+    """Its code takes of the keys, and of the diagonals, the fewest that hold a share, and no more than a number."""
+    flex = FlexPrefill(0.9, 0.0, 64, max_budget=4096)
+    sizes = [0.9, 4096]
+    file = read(
+        tmp_path,
+        [
+            {"0": ["dense", 0, 0, 1.0], "1": ["flex_vertical_and_slash", sizes, sizes, 0.0]},
+            {"0": ["vertical_and_slash", sizes, sizes, 0.0], "1": ["flex_vertical_and_slash", [0, 8], [0.5, 9], 1]},
+        ],
+    )
+    assert file.layers == ((Dense(), flex), (flex, FlexPrefill(0.5, 0.0, 64, max_budget=9)))
+    budget, larger = file.notes
+    assert "most keys, and the most diagonals" in budget
+    assert "(of 3, the first: layer 0, head 1: [[0.9, 4096], [0.9, 4096]])" in budget
+    assert "larger of a head's two gammas" in larger
+
+
+QWEN_LAYER = {"0": ["vertical_and_slash", 30, 800, None], "1": ["vertical_and_slash", 1000, 6096, 0.9]}
+QWEN_HEADS = (VerticalSlash(130, 800), VerticalSlash(1000, 6096))
+
+
+@pytest.mark.parametrize("part", [lambda whole: whole, lambda whole: {"dual_chunk_attention_config": whole}])
+@pytest.mark.parametrize("listed", [[QWEN_LAYER, None, QWEN_LAYER], {"0": QWEN_LAYER, "2": QWEN_LAYER}])
+@pytest.mark.parametrize(("threshold", "least"), [({}, None), ({"sparse_attention_threshold": 0}, 1)])
+def test_reads_qwens_sparse_configuration(
+    part: Any, listed: Any, threshold: dict[str, int], least: int | None, tmp_path: Path
+) -> None:
+    config = part({"sparse_attention_config": listed, "sparse_attention_enabled": True, **threshold})
+    file = read(tmp_path, {"model_type": "qwen2", **config})
+    assert file.layers == (QWEN_HEADS, None, QWEN_HEADS)
+    assert file.min_seq_len == least
+    (note,) = file.notes
+    assert note.startswith("a vertical of 30 becomes 130, as in Qwen's code (of 2, the first: layer 0, head 0: [30")
 
 
 BAD: dict[str, tuple[Any, list[str]]] = {
@@ -91,6 +131,16 @@ BAD: dict[str, tuple[Any, list[str]]] = {
     "float": ([{"0": ["vertical_and_slash", 1000, 1.5, 0]}], ["head 0", "slash: 1.5", "whole"]),
     "bool": ([{"0": ["vertical_and_slash", True, 1, 0]}], ["head 0", "vertical: True"]),
     "ignored-numbers-too": ([{"0": ["block_sparse", "8", 1, 0]}], ["head 0", "vertical: '8'"]),
+    "flex-numbers": ([{"0": ["flex_vertical_and_slash", 9, [0.9, 9], 0]}], ["vertical: 9", "[gamma, budget]"]),
+    "flex-gamma": ([{"0": ["flex_vertical_and_slash", [0.9, 9], [1.5, 9], 0]}], ["slash: gamma 1.5", "0 to 1"]),
+    "flex-budget": ([{"0": ["flex_vertical_and_slash", [0.9, 0], [0.9, 9], 0]}], ["vertical: budget 0", "above 0"]),
+    "flex-half": ([{"0": ["vertical_and_slash", [0.9, 9], 9, 0]}], ["vertical: a list of 2", "whole number"]),
+    "qwen-empty": ({"sparse_attention_config": []}, ["sparse_attention_config", "[]"]),
+    "qwen-layer": ({"sparse_attention_config": {"a": LAYER}}, ["'a' is no layer number"]),
+    "qwen-threshold": (
+        {"sparse_attention_config": [LAYER], "sparse_attention_threshold": -1},
+        ["sparse_attention_threshold: -1"],
+    ),
     "score": ([{"0": ["stream_llm", 1, 1, None]}], ["head 0", "score: None"]),
     "no-window": ([{"0": ["stream_llm", 1, 0, 0]}], ["head 0.n_local", "0", "1"]),
     "too-many": ([{"0": ["vertical_and_slash", 40000, 1, 0]}], ["head 0.vertical_size", "40000", "32768"]),
@@ -166,8 +216,10 @@ PATTERNS_64: list[st.SearchStrategy[DynamicPattern]] = [
     st.builds(AShape, st.integers(0, 2**31 - 1), st.integers(1, 2**31 - 1)),
     st.builds(VerticalSlash, st.integers(30, 2**15), st.integers(50, 2**20)),
     st.builds(BlockSparse, st.integers(2, 2**14)),
-    st.builds(FlexPrefill, st.floats(0, 1, exclude_min=True), st.floats(0, 1), st.just(64)),
-    st.builds(XAttention, st.floats(0, 1, exclude_min=True), st.sampled_from([4, 8, 16]), st.just(64)),
+    st.builds(
+        FlexPrefill, st.floats(0, 1), st.floats(0, 1), st.just(64), st.integers(0, 9), st.none() | st.integers(9, 99)
+    ),
+    st.builds(XAttention, st.floats(0, 1), st.sampled_from([4, 8, 16]), st.just(64)),
     st.builds(Dense),
 ]
 JSON = st.recursive(

@@ -43,7 +43,8 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "too-many-verticals": ({"pattern": "vertical_slash", "vertical_size": 2**15 + 1}, ["32769", "32768"]),
     "slashes": ({"pattern": "vertical_slash", "slash_size": 49}, ["slash_size: 49", "equal to 50"]),
     "top_k": ({"pattern": "block_sparse", "top_k": 1}, ["top_k: 1 ", "equal to 2"]),
-    "gamma-0": ({"pattern": "flexprefill", "gamma": 0}, ["gamma: 0", "greater than 0"]),
+    "gamma-negative": ({"pattern": "flexprefill", "gamma": -0.5}, ["gamma: -0.5", "greater than or equal to 0"]),
+    "budgets": ({"pattern": "flexprefill", "min_budget": 9, "max_budget": 8}, ["min_budget: 9", "max_budget (8)"]),
     "gamma-2": ({"pattern": "flexprefill", "gamma": 2.0}, ["gamma: 2.0", "less than or equal to 1"]),
     "gamma-nan": ({"pattern": "flexprefill", "gamma": float("nan")}, ["gamma: nan"]),
     "tau": ({"pattern": "flexprefill", "tau": -0.1}, ["tau: -0.1", "equal to 0"]),
@@ -56,7 +57,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "block_size": ({"pattern": "dense", "block_size": 32}, ["block_size: 32", "64 or 128"]),
     "bool": ({"pattern": "block_sparse", "top_k": True}, ["top_k: True", "integer"]),
     "float": ({"pattern": "block_sparse", "top_k": 8.0}, ["top_k: 8.0", "integer"]),
-    "two": ({"pattern": "flexprefill", "gamma": 0, "tau": 2}, ["gamma: 0", "; trimix.shallow.tau: 2"]),
+    "two": ({"pattern": "flexprefill", "gamma": -1, "tau": 2}, ["gamma: -1", "; trimix.shallow.tau: 2"]),
 }
 
 

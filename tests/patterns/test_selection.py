@@ -17,7 +17,9 @@ from vllm_trimix.patterns.selection import EVERYTHING, Chunk, Selection, merge
 from vllm_trimix.patterns.vertical_slash import VerticalSlash
 from vllm_trimix.patterns.xattention import XAttention
 
-SHARES = st.sampled_from([0.05, 0.3, 0.6, 0.9, 0.99, 1.0])
+BUDGETS = st.sampled_from([0, 1, 20, 90])
+MOST = st.sampled_from([None, 90, 200])
+SHARES = st.sampled_from([0.0, 0.05, 0.3, 0.6, 0.9, 0.99, 1.0])
 PROMPTS = {
     (group, num_kv_heads): random_prompt(640, num_heads=group * num_kv_heads, num_kv_heads=num_kv_heads)
     for group in (1, 3)
@@ -32,7 +34,7 @@ def patterns(block_size: int) -> st.SearchStrategy[DynamicPattern]:
         st.builds(AShape, st.integers(0, 200), st.integers(1, 300), size),
         st.builds(VerticalSlash, st.integers(30, 200), st.integers(50, 300), size),
         st.builds(BlockSparse, st.integers(2, 12), size),
-        st.builds(FlexPrefill, SHARES, st.sampled_from([0.0, 0.1, 0.3, 1.0]), size),
+        st.builds(FlexPrefill, SHARES, st.sampled_from([0.0, 0.1, 0.3, 1.0]), size, BUDGETS, MOST),
         st.builds(XAttention, SHARES, st.sampled_from([4, 8, 16]), size),
     )
 

@@ -30,7 +30,13 @@ TRUTHS: dict[type, Callable[[truth.Head, Any], np.ndarray]] = {
     VerticalSlash: lambda head, p: truth.vertical_slash(head, p.vertical_size, p.slash_size, p.block_size),
     BlockSparse: lambda head, p: truth.block_sparse(head, p.top_k, p.block_size),
     FlexPrefill: lambda head, p: truth.flexprefill(
-        head, p.gamma, p.tau, p.block_size, max_columns=flexprefill.MAX_COLUMNS
+        head,
+        p.gamma,
+        p.tau,
+        p.block_size,
+        min_budget=p.min_budget,
+        max_budget=p.max_budget,
+        max_columns=flexprefill.MAX_COLUMNS,
     ),
     XAttention: lambda head, p: truth.xattention(head, p.threshold, p.stride, p.block_size),
 }
@@ -53,6 +59,20 @@ HEADS: dict[str, list[DynamicPattern]] = {
         FlexPrefill(0.5, 1.0, 64),
         FlexPrefill(0.1, 0.0, 64),
     ],
+    # Bounded from below, from above, both, and with pooled blocks.
+    "flexprefill-budgets": [
+        FlexPrefill(0.05, 0.0, 64, 40),
+        FlexPrefill(0.9, 0.0, 64, 0, 25),
+        FlexPrefill(0.5, 1.0, 64, 30, 40),
+        FlexPrefill(0.3, 0.0, 64, 10, 60),
+    ],
+    "flexprefill-0": [
+        FlexPrefill(0.0, 0.0),
+        FlexPrefill(0.0, 1.0),
+        FlexPrefill(0.0, 0.0, 128, 20),
+        FlexPrefill(0.3, 0.0),
+    ],
+    "xattention-0": [XAttention(threshold) for threshold in (0.0, 0.5, 0.0, 0.9)],
     "xattention": [XAttention(threshold) for threshold in (0.2, 0.5, 0.7, 0.9)],
     "xattention-64": [XAttention(threshold, 16, 64) for threshold in (0.2, 0.5, 0.7, 0.9)],
     "xattention-4": [XAttention(threshold, 4, 64) for threshold in (0.3, 0.5, 0.6, 0.8)],

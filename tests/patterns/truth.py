@@ -87,6 +87,8 @@ def fewest(shares: dict, goal: float) -> set:
     """The smallest set of the largest shares that sums up to ``goal``: one fewer would fall below it."""
     kept: set = set()
     held, last = 0.0, math.inf
+    if goal == 0:
+        return kept
     for item, share in sorted(shares.items(), key=lambda pair: -pair[1]):
         if abs(held - goal) <= SEPARATION:
             raise Undecided
@@ -97,6 +99,13 @@ def fewest(shares: dict, goal: float) -> set:
         kept.add(item)
         held, last = held + share, share
     return kept
+
+
+def bounded(shares: dict[int, float], goal: float, least: int, most: float) -> set[int]:
+    """The fewest that hold ``goal``, but at least and at most so many; places count from 0."""
+    kept = fewest(shares, goal)
+    count = int(min(max(len(kept), least), most, len(shares)))
+    return kept if count == len(kept) else largest([shares[place] for place in range(len(shares))], count, 0)
 
 
 def sums_of_last_rows(head: Head, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -194,26 +203,38 @@ def js_distance(head: Head, block_size: int) -> float:
 
 
 def flexprefill(
-    head: Head, gamma: float, tau: float, block_size: int, *, max_columns: int = 1024, dense_keys: int = 256
+    head: Head,
+    gamma: float,
+    tau: float,
+    block_size: int,
+    *,
+    min_budget: int = 0,
+    max_budget: int | None = None,
+    max_columns: int = 1024,
+    dense_keys: int = 256,
 ) -> np.ndarray:
-    """FlexPrefill, algorithm 1: algorithm 4 where the distance is below ``tau``, else algorithm 3."""
+    """FlexPrefill, algorithm 1: algorithm 4 where the distance is below ``tau``, else algorithm 3.
+
+    The budgets are those of its code: at least and at most so many columns, and diagonals; with algorithm 4 the least.
+    """
     if head.num_keys <= dense_keys:
         return dense(head)
     distance = js_distance(head, block_size)
     if abs(distance - tau) <= SEPARATION:
         raise Undecided
     blocks = {(tile, block) for tile in head.tiles(block_size) for block in (0, tile)}
-    singles: set[int] = set()
+    goal, most = gamma, math.inf if max_budget is None else max_budget
     if distance < tau:
         blocks |= query_aware(head, gamma, block_size)
-    else:
-        columns, slashes = sums_of_last_rows(head, 128)
-        total = math.fsum(columns)
-        singles = fewest({j: value / total for j, value in enumerate(columns)}, gamma)
-        blocks |= crossed(head, fewest({d: value / total for d, value in enumerate(slashes)}, gamma), block_size)
-        if len(singles) > max_columns:
-            blocks |= {(tile, j // block_size) for tile in head.tiles(block_size) for j in singles}
-            singles = set()
+        goal, most = 0.0, min_budget
+    columns, slashes = sums_of_last_rows(head, 128)
+    total = math.fsum(columns)
+    singles = bounded({j: value / total for j, value in enumerate(columns)}, goal, min_budget, most)
+    diagonals = bounded({d: value / total for d, value in enumerate(slashes)}, goal, min_budget, most)
+    blocks |= crossed(head, diagonals, block_size)
+    if len(singles) > max_columns:
+        blocks |= {(tile, j // block_size) for tile in head.tiles(block_size) for j in singles}
+        singles = set()
     return mask(head, block_size, blocks, singles)
 
 

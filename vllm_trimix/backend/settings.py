@@ -64,6 +64,8 @@ def resolve_into(vllm_config: Any) -> None:
     if resolved.shallow is not None:
         _check_layers(resolved.shallow.layers, model_config, "trimix.shallow.layers")
         _check_connector(vllm_config)
+        for note in resolved.shallow.notes:
+            logger.info_once("TRIMIX head file %s: %s", resolved.shallow.source, note)
     _check_dense_backend(resolved)
     vllm_config.additional_config = {**additional, RESOLVED: resolved.model_dump(mode="json")}
 

@@ -77,7 +77,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--seed", type=int, default=42, help="of the prompts (default: %(default)s)")
     arguments.add_output(parser, note=" (default: trimix-eval/SUITE)")
     arguments.add_tokenizer(parser)
-    arguments.add_trust(parser, "model's tokenizer")
+    arguments.add_trust(parser, "model, here and in the engines")
     parser.set_defaults(run=run, parser=parser)
 
 
@@ -100,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
     from vllm_trimix.evaluation.suites.registry import SUITES
 
     suite = eval_choices.suite(args, SUITES)
+    hf_model.share_trust(args)
     folder = args.output or Path("trimix-eval") / suite.name
     arguments.check_output(folder)
     about = {"kind": "evaluation", "suite": suite.name, "model": args.model, "engine flags": args.flags}

@@ -24,6 +24,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_trust(parser)
 
 
+def share_trust(args: argparse.Namespace) -> None:
+    """Lets ``--trust-remote-code`` count for the command and for its engines, wherever it was given."""
+    flag = "--trust-remote-code"
+    given = any(word.replace("_", "-") == flag for word in args.flags)
+    if args.trust_remote_code and not given and not args.server:
+        args.flags = [*args.flags, flag]
+    args.trust_remote_code = args.trust_remote_code or given
+
+
 class Source(NamedTuple):
     """A model that is not loaded yet.
 

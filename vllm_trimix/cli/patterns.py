@@ -53,7 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "density: the share of causal attention that the budgets allow. Blocks that a diagonal crosses come on top of "
         "it; where the prompt decides (flexprefill, xattention) there is none.",
     )
-    show.add_argument("file", type=Path, metavar="FILE", help="a head file, MInference's or our own form")
+    show.add_argument("file", type=Path, metavar="FILE", help="a head file, of MInference's, Qwen's or our own form")
     show.add_argument("--layer", type=int, metavar="N", help="this layer, a line a head")
     show.add_argument("--length", type=int, default=131072, metavar="N", help="prompt for the density (131072)")
     show.add_argument("--plot", type=Path, metavar="OUT.png", help="draw layers x heads; needs the extra plot")
@@ -127,6 +127,10 @@ def _show_layers(file: HeadFile, length: int) -> None:
     print(f"{form}, {len(file.layers)} layers" + (f", for {file.model}" if file.model else ""))
     for key, value in file.provenance.items():
         print(f"{key}: {value}")
+    for note in file.notes:
+        print(f"note: {note}")
+    if file.min_seq_len is not None:
+        print(f"for chunks that end at {file.min_seq_len} tokens or more (min_seq_len)")
     print("layer  block  density  heads")
     known: list[float] = []
     for number, heads in enumerate(file.layers):
@@ -168,7 +172,8 @@ def _mean(densities: list[float] | list[float | None]) -> str:
 
 def _written(pattern: DynamicPattern) -> str:
     """E.g. ``vertical_slash 1000/6096``."""
-    return f"{pattern.name} {'/'.join(str(value) for value in _parameters(pattern))}".rstrip()
+    values = ("-" if value is None else str(value) for value in _parameters(pattern))
+    return f"{pattern.name} {'/'.join(values)}".rstrip()
 
 
 def _need_matplotlib() -> None:

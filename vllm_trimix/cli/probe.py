@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{len(chosen)} prompts: two to score and two held out for the choice are the least; add some")
     prompts.check_lengths(chosen, pattern, max_length=limit)
     longest = max(len(prompt.sample.prompt) + len(prompt.sample.answer) for prompt in chosen)
-    needed = memory.needed_bytes(source.config, length=longest, dtype=source.dtype)
+    needed = memory.needed_bytes(source.config, length=longest, dtype=source.dtype, **source.load)
     memory.check(needed, length=longest, dtype=source.dtype, device=source.device)
     settings = probe.Settings(
         model=args.model,

@@ -93,7 +93,9 @@ def run(args: argparse.Namespace) -> int:
     longest = max(len(prompt.sample.prompt) + len(prompt.sample.answer) for prompt in chosen)
     if args.candidates is None:
         given = candidates.published(longest, also=also)
-    needed = measure.needed_bytes(source.config, length=longest, dtype=source.dtype, candidates=given)
+    needed = measure.needed_bytes(
+        source.config, length=longest, dtype=source.dtype, candidates=given, trust_remote_code=args.trust_remote_code
+    )
     memory.check(
         needed, length=longest, dtype=source.dtype, device=source.device, what="search", flag="--lengths or --prompts"
     )

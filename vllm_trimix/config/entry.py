@@ -97,7 +97,8 @@ class Resolved(BaseModel):
     @functools.cached_property
     def fingerprint(self) -> str:
         """A short hash of everything that decides which keys a row sees."""
-        masks = self.model_dump_json(exclude={"dense_backend", "prompt_logprobs", "stats_log_interval", "source"})
+        words = {"dense_backend", "prompt_logprobs", "stats_log_interval", "source"}
+        masks = self.model_dump_json(exclude={**dict.fromkeys(words, True), "shallow": {"notes"}})
         return hashlib.sha256(masks.encode()).hexdigest()[:16]
 
 

@@ -1,6 +1,6 @@
 """Head files: a dynamic pattern for each query head of each layer, as JSON.
 
-Two forms are read: the files that MInference ships and its search writes, unchanged, and our own, which can hold every
+Two forms are read: files of MInference and Qwen, unchanged (``minference_heads.py``), and our own, which can hold every
 pattern and says where it comes from. Only JSON, only numbers and names: reading a file runs nothing that it holds.
 """
 
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from vllm_trimix.config import minference_heads
+from vllm_trimix.config.minference_heads import short
 from vllm_trimix.patterns.base import DynamicPattern
 from vllm_trimix.patterns.registry import PATTERNS, describe, make_pattern
 from vllm_trimix.untrusted import plain_object, quoted, read_json
@@ -22,11 +23,6 @@ FORMAT = "vllm-trimix-heads/1"
 
 MAX_BYTES = 64 * 2**20
 """A file of 128 layers of 128 heads has less than two million."""
-
-# What MInference's code raises smaller numbers of a vertical-slash head to.
-_LEAST_VERTICAL, _LEAST_SLASH = 30, 50
-
-_MINFERENCE_TYPES = ("vertical_and_slash", "stream_llm", "block_sparse")
 
 
 @dataclass(frozen=True)
@@ -38,12 +34,16 @@ class HeadFile:
         source: The form it was written in.
         model: The model that it is for, where the file says so.
         provenance: Where it comes from, as the file says.
+        notes: What runs instead of what the file says, a line each.
+        min_seq_len: Prompts from which on it is meant, where the file says so, in tokens.
     """
 
     layers: tuple[tuple[DynamicPattern, ...] | None, ...]
     source: Literal["minference", "vllm-trimix"]
     model: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    min_seq_len: int | None = None
 
 
 def read_head_file(path: str | Path, *, where: str) -> HeadFile:
@@ -59,15 +59,20 @@ def read_head_file(path: str | Path, *, where: str) -> HeadFile:
     label = f"{where}: head file {quoted(str(path))}"
     data = read_json(Path(path), label, max_bytes=MAX_BYTES)
     if isinstance(data, list):
-        return HeadFile(
-            tuple(_minference_layer(entry, label, i) for i, entry in enumerate(_some(data, label))), "minference"
-        )
+        return _others(minference_heads.read_list(list(_some(data, label)), label))
     if isinstance(data, dict):
+        part = None if "format" in data else minference_heads.sparse_config(data)
+        if part is not None:
+            return _others(minference_heads.read_sparse_config(part, label))
         return _own(data, label)
     raise ValueError(
-        f"{label}: holds {_short(data)}; expected MInference's list with an object a layer, or an object with "
+        f"{label}: holds {short(data)}; expected MInference's list with an object a layer, or an object with "
         f'"format": "{FORMAT}"'
     )
+
+
+def _others(heads: minference_heads.Heads) -> HeadFile:
+    return HeadFile(heads.layers, "minference", notes=heads.notes, min_seq_len=heads.min_seq_len)
 
 
 def check_head_file(file: HeadFile, *, num_layers: int, num_heads: int, layers: Collection[int], where: str) -> None:
@@ -150,69 +155,22 @@ def _some(layers: Sequence[Any], label: str) -> Sequence[Any]:
     return layers
 
 
-def _minference_layer(entry: Any, label: str, layer: int) -> tuple[DynamicPattern, ...]:
-    """MInference's object of head number to ``[type, vertical, slash, score]``."""
-    where = f"{label}: layer {layer}"
-    if not isinstance(entry, dict) or not entry:
-        raise ValueError(
-            f'{where}: holds {_short(entry)}; expected an object of heads such as {{"0": ["vertical_and_slash", 1000, '
-            "6096, 0.9]}"
-        )
-    for name in entry:
-        if not re.fullmatch(r"0|[1-9][0-9]{0,5}", name):
-            raise ValueError(
-                f"{where}: {_short(name)} is no head number; write 0, 1, ... without signs or zeros before"
-            )
-    numbers = {int(name) for name in entry}
-    missing = sorted(set(range(len(numbers))) - numbers)
-    if missing:
-        raise ValueError(
-            f"{where}: has {len(numbers)} heads up to number {max(numbers)}, but not head {missing[0]}; "
-            "number them from 0 without a gap"
-        )
-    return tuple(_minference_head(entry[str(head)], f"{where}, head {head}") for head in range(len(numbers)))
-
-
-def _minference_head(entry: Any, where: str) -> DynamicPattern:
-    if not isinstance(entry, list) or len(entry) != 4:
-        raise ValueError(f"{where}: holds {_short(entry)}; expected [type, vertical, slash, score]")
-    kind, vertical, slash, score = entry
-    if not isinstance(kind, str) or kind not in _MINFERENCE_TYPES:
-        near = difflib.get_close_matches(str(kind)[:100], _MINFERENCE_TYPES, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"{where}: {_short(kind)} is no type{hint} (valid: {', '.join(_MINFERENCE_TYPES)})")
-    for name, value in (("vertical", vertical), ("slash", slash)):
-        if type(value) is not int or value < 0:
-            raise ValueError(f"{where}: {name}: {_short(value)} is not valid: should be a whole number, 0 or more")
-    if type(score) not in (int, float):
-        raise ValueError(f"{where}: score: {_short(score)} is not valid: should be a number")
-    if kind == "stream_llm":
-        return make_pattern({"pattern": "a_shape", "n_init": vertical, "n_local": slash}, where=where)
-    if kind == "block_sparse":
-        # Their kernel takes 100 blocks, whatever the numbers.
-        return make_pattern({"pattern": "block_sparse", "top_k": 100}, where=where)
-    sizes = {"vertical_size": max(vertical, _LEAST_VERTICAL), "slash_size": max(slash, _LEAST_SLASH)}
-    return make_pattern({"pattern": "vertical_slash", **sizes}, where=where)
-
-
 def _own(data: dict[str, Any], label: str) -> HeadFile:
     valid = ("format", "model", "provenance", "layers")
     for key in data:
         if key not in valid:
             near = difflib.get_close_matches(key[:100], valid, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise ValueError(f"{label}: unknown key {_short(key)}{hint} (valid: {', '.join(valid)})")
+            raise ValueError(f"{label}: unknown key {short(key)}{hint} (valid: {', '.join(valid)})")
     if data.get("format") != FORMAT:
-        raise ValueError(
-            f'{label}: format: {_short(data.get("format"))} is not one that this version reads: "{FORMAT}"'
-        )
+        raise ValueError(f'{label}: format: {short(data.get("format"))} is not one that this version reads: "{FORMAT}"')
     model, provenance, layers = data.get("model"), data.get("provenance", {}), data.get("layers")
     if not isinstance(model, str | None):
-        raise ValueError(f"{label}: model: {_short(model)} is not valid: should be a name or null")
+        raise ValueError(f"{label}: model: {short(model)} is not valid: should be a name or null")
     if not isinstance(provenance, dict):
-        raise ValueError(f"{label}: provenance: {_short(provenance)} is not valid: should be an object")
+        raise ValueError(f"{label}: provenance: {short(provenance)} is not valid: should be an object")
     if not isinstance(layers, list):
-        raise ValueError(f"{label}: layers: {_short(layers)} is not valid: should be a list with an entry a layer")
+        raise ValueError(f"{label}: layers: {short(layers)} is not valid: should be a list with an entry a layer")
     made = (_own_layer(entry, label, layer) for layer, entry in enumerate(_some(layers, label)))
     return HeadFile(tuple(made), "vllm-trimix", model, provenance)
 
@@ -222,11 +180,11 @@ def _own_layer(entry: Any, label: str, layer: int) -> tuple[DynamicPattern, ...]
         return None
     where = f"{label}: layer {layer}"
     if not isinstance(entry, list):
-        raise ValueError(f"{where}: holds {_short(entry)}; expected a list with an object a query head, or null")
+        raise ValueError(f"{where}: holds {short(entry)}; expected a list with an object a query head, or null")
     for head, item in enumerate(entry):
         if not isinstance(item, dict):
             raise ValueError(
-                f'{where}, head {head}: holds {_short(item)}; expected an object such as {{"pattern": "a_shape"}}'
+                f'{where}, head {head}: holds {short(item)}; expected an object such as {{"pattern": "a_shape"}}'
             )
     heads = tuple(make_pattern(item, where=f"{where}, head {head}") for head, item in enumerate(entry))
     _check_layer(heads, label, layer)
@@ -248,12 +206,4 @@ def _check_layer(heads: Sequence[DynamicPattern], label: str, layer: int) -> Non
 
 
 def _made_for(file: HeadFile) -> str:
-    return f" (it says {_short(file.model)})" if file.model is not None else ""
-
-
-def _short(value: Any) -> str:
-    """A value for an error: files may hold anything."""
-    if isinstance(value, list | dict) and value:
-        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return f" (it says {short(file.model)})" if file.model is not None else ""

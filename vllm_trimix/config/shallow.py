@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -57,6 +57,7 @@ class Shallow(BaseModel):
         last_n: The prompt's last rows, which stay dense.
         min_seq_len: Chunks of a prompt that end at fewer tokens stay dense.
         source: ``config`` or the head file's name.
+        notes: What runs instead of what a head file says, a line each.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -67,6 +68,7 @@ class Shallow(BaseModel):
     last_n: int
     min_seq_len: int
     source: str
+    notes: tuple[str, ...] = ()
 
     def heads_of(self, layer: int, first: int, num_heads: int) -> tuple[DynamicPattern, ...]:
         """The patterns of a layer's query heads ``[first, first + num_heads)``, numbered over all devices."""
@@ -148,15 +150,27 @@ def resolve_shallow(
         ) from None
     layers = _layers(config, triangle_layers, num_layers, where)
     own = {key: value for key, value in raw.items() if key not in ShallowConfig.model_fields}
-    patterns, heads, source = _patterns(config, own, layers, num_layers, num_heads, where)
+    found = _patterns(config, own, layers, num_layers, num_heads, where)
+    meant = min_seq_len if found.min_seq_len is None else found.min_seq_len
     return Shallow(
         layers=layers,
-        patterns=patterns,
-        heads=heads,
+        patterns=found.patterns,
+        heads=found.heads,
         last_n=last_n if config.last_n is None else config.last_n,
-        min_seq_len=min_seq_len if config.min_seq_len is None else config.min_seq_len,
-        source=source,
+        min_seq_len=meant if config.min_seq_len is None else config.min_seq_len,
+        source=found.source,
+        notes=found.notes,
     )
+
+
+class _Found(NamedTuple):
+    """What ``Shallow`` has of an entry or its head file."""
+
+    patterns: tuple[dict[str, Any], ...]
+    heads: tuple[tuple[int, ...], ...] = ()
+    source: str = "config"
+    notes: tuple[str, ...] = ()
+    min_seq_len: int | None = None
 
 
 def _layers(config: ShallowConfig, triangle_layers: Collection[int], num_layers: int, where: str) -> tuple[int, ...]:
@@ -184,8 +198,7 @@ def _patterns(
     num_layers: int,
     num_heads: int | None,
     where: str,
-) -> tuple[tuple[dict[str, Any], ...], tuple[tuple[int, ...], ...], str]:
-    """``Shallow``'s patterns, heads and source."""
+) -> _Found:
     # Heavy: PyTorch.
     from vllm_trimix.patterns.registry import PATTERNS, describe, make_pattern
 
@@ -197,7 +210,7 @@ def _patterns(
     if config.heads is None:
         beside = tuple(ShallowConfig.model_fields)
         pattern = make_pattern({"pattern": config.pattern, **own}, where=where, beside=beside)
-        return (describe(pattern),), (), "config"
+        return _Found((describe(pattern),))
     if own:
         raise ValueError(f"{where}: {quoted(list(own))} can't stand beside heads: the file has each head's parameters")
     if num_heads is None:
@@ -213,4 +226,5 @@ def _patterns(
         entry = file.layers[layer]
         assert entry is not None
         heads.append(tuple(numbers.setdefault(pattern, len(numbers)) for pattern in entry))
-    return tuple(describe(pattern) for pattern in numbers), tuple(heads), Path(config.heads).name
+    patterns = tuple(describe(pattern) for pattern in numbers)
+    return _Found(patterns, tuple(heads), Path(config.heads).name, file.notes, file.min_seq_len)

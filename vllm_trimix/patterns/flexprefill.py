@@ -3,7 +3,7 @@ takes as many as hold a share ``gamma`` of the attention."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from vllm_trimix.patterns.estimate import (
     slash_blocks,
 )
 from vllm_trimix.patterns.selection import EVERYTHING, Chunk, Selection, Tiles
+from vllm_trimix.untrusted import MAX_TOKENS
 
 MAX_COLUMNS = 1024
 """A head that needs more single keys sees their whole blocks instead, so that memory stays bounded."""
@@ -31,10 +32,13 @@ class FlexPrefill(OneKind):
     """Parameters.
 
     Attributes:
-        gamma: Share of the attention that the chosen keys must hold.
+        gamma: Share of the attention that the chosen keys must hold; 0 leaves the first block and a tile's own.
         tau: Largest Jensen-Shannon distance between pooled and true attention of the last block at which a head trusts
             the pooled one; 0 makes every head vertical-slash.
         block_size: Rows of a tile and keys of a block.
+        min_budget: At least so many keys, and so many diagonals, in tokens, whatever holds ``gamma``; those of a head
+            that trusts the pooled attention come on top of its blocks.
+        max_budget: At most so many, in tokens; None for any number.
     """
 
     name: ClassVar[str] = "flexprefill"
@@ -43,9 +47,16 @@ class FlexPrefill(OneKind):
     has_columns: ClassVar[bool] = True
     has_band: ClassVar[bool] = False
 
-    gamma: float = Field(default=0.95, gt=0, le=1)
+    gamma: float = Field(default=0.95, ge=0, le=1)
     tau: float = Field(default=0.1, ge=0, le=1)
     block_size: BlockSize = 128
+    min_budget: int = Field(default=0, ge=0, le=2**20)
+    max_budget: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError: a least budget above the most."""
+        if self.max_budget is not None and self.min_budget > self.max_budget:
+            raise ValueError(f"min_budget: {self.min_budget} is more than max_budget ({self.max_budget}); lower it")
 
     @property
     def budget(self) -> None:
@@ -64,12 +75,17 @@ class FlexPrefill(OneKind):
         columns, slashes = chunk.last_sums(cls.last_rows)
         k_means = block_means(chunk.k, tiles.block_size)
         pooled = _query_aware(chunk, tiles, k_means[:, : tiles.num_blocks], gamma)
-        structured, kept = _vertical_slash(tiles, columns, slashes, gamma)
         trusts = _distance(chunk, k_means, columns, tiles.block_size) < tau
-        blocks = torch.where(trusts[:, None, None], pooled, structured)
+        least = per_head(tuple(head.min_budget for head in heads), device)
+        most = per_head(tuple(head.max_budget or EVERYTHING for head in heads), device)
+
+        def bounded(counts: torch.Tensor) -> torch.Tensor:
+            return torch.where(trusts, least, counts.clamp(least, most))
+
+        blocks, kept = _vertical_slash(tiles, columns, slashes, gamma, bounded)
+        blocks |= pooled & trusts[:, None, None]
         blocks[:, :, 0] = True
         blocks.diagonal(tiles.first, 1, 2).fill_(True)
-        kept = torch.where(trusts[:, None], EVERYTHING, kept)
         return Selection(tiles, blocks & tiles.causal(device), columns=kept)
 
 
@@ -98,9 +114,16 @@ def _query_aware(chunk: Chunk, tiles: Tiles, k_means: torch.Tensor, gamma: torch
 
 
 def _vertical_slash(
-    tiles: Tiles, columns: torch.Tensor, slashes: torch.Tensor, gamma: torch.Tensor
+    tiles: Tiles,
+    columns: torch.Tensor,
+    slashes: torch.Tensor,
+    gamma: torch.Tensor,
+    bounded: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blocks and single keys: the fewest columns, and the fewest diagonals, that hold ``gamma`` (algorithm 3)."""
+    """Blocks and single keys: the fewest columns, and the fewest diagonals, that hold ``gamma`` (algorithm 3).
+
+    ``bounded`` makes of the numbers of a kind what the budgets allow.
+    """
     device, num_keys = columns.device, columns.shape[1]
     total = columns.sum(1, keepdim=True)
     behind = tiles.numbers(device)[:, None] - torch.arange(tiles.num_blocks, device=device)
@@ -108,11 +131,11 @@ def _vertical_slash(
 
     ranked = (slashes / total).sort(dim=1, descending=True)
     chosen = torch.zeros(slashes.shape, dtype=torch.bool, device=device)
-    chosen.scatter_(1, ranked.indices, rank < _fewest(ranked.values, gamma)[:, None])
+    chosen.scatter_(1, ranked.indices, rank < bounded(_fewest(ranked.values, gamma))[:, None])
     blocks = slash_blocks(chosen, behind, tiles.block_size)
 
     ranked = (columns / total).sort(dim=1, descending=True)
-    counts = _fewest(ranked.values, gamma)
+    counts = bounded(_fewest(ranked.values, gamma))
     widened = counts > MAX_COLUMNS
     chosen = torch.zeros(columns.shape, dtype=torch.bool, device=device)
     chosen.scatter_(1, ranked.indices, (rank < counts[:, None]) & widened[:, None])
@@ -124,4 +147,4 @@ def _vertical_slash(
 
 def _fewest(shares: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
     """How many of the descending shares, [num_heads, count], sum up to ``gamma``, [num_heads]."""
-    return (shares.cumsum(1) < gamma[:, None]).sum(1) + 1
+    return ((shares.cumsum(1) < gamma[:, None]).sum(1) + 1) * (gamma > 0)

@@ -22,7 +22,7 @@ class XAttention:
 
     Attributes:
         threshold: Share of a tile's estimated attention that its blocks must hold; its own and the first block come on
-            top.
+            top, and are all that 0 leaves.
         stride: Distance of the antidiagonals that are summed; larger is faster and coarser.
         block_size: Rows of a tile and keys of a block.
     """
@@ -33,7 +33,7 @@ class XAttention:
     has_columns: ClassVar[bool] = False
     has_band: ClassVar[bool] = False
 
-    threshold: float = Field(default=0.9, gt=0, le=1)
+    threshold: float = Field(default=0.9, ge=0, le=1)
     stride: int = Field(default=8, ge=4, le=64, multiple_of=4)
     block_size: BlockSize = 128
 

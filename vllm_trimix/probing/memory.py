@@ -13,40 +13,44 @@ _INNER_TENSORS = 6
 _HIDDEN_TENSORS = 12
 
 
-def needed_bytes(config: Any, *, length: int, dtype: torch.dtype) -> int:
+def needed_bytes(config: Any, *, length: int, dtype: torch.dtype, trust_remote_code: bool = False) -> int:
     """Estimate of a probe's peak: a forward pass, one hidden state a layer, and the blocks of one layer's map.
 
     Args:
         config: The model's configuration, of transformers.
         length: Longest prompt with its answer, in tokens.
         dtype: Of weights and activations.
+        trust_remote_code: Whether code that comes with the model may be run, to know its weights.
     """
     text = config.get_text_config()
     heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     hidden = length * text.hidden_size * dtype.itemsize
     block = BLOCK_ROWS * (heads // kv_heads) * length * BLOCK_BYTES
     return int(
-        forward_bytes(config, length=length, dtype=dtype)
+        forward_bytes(config, length=length, dtype=dtype, trust_remote_code=trust_remote_code)
         + (text.num_hidden_layers + 1) * hidden
         + BLOCK_TENSORS * block
     )
 
 
-def forward_bytes(config: Any, *, length: int, dtype: torch.dtype) -> int:
+def forward_bytes(config: Any, *, length: int, dtype: torch.dtype, trust_remote_code: bool = False) -> int:
     """Estimate of weights and one layer's activations."""
     text = config.get_text_config()
     hidden = length * text.hidden_size * dtype.itemsize
     inner = length * getattr(text, "intermediate_size", 4 * text.hidden_size) * dtype.itemsize
-    return weight_bytes(config, dtype) + int(_HIDDEN_TENSORS * hidden + _INNER_TENSORS * inner)
+    return weight_bytes(config, dtype, trust_remote_code=trust_remote_code) + int(
+        _HIDDEN_TENSORS * hidden + _INNER_TENSORS * inner
+    )
 
 
-def weight_bytes(config: Any, dtype: torch.dtype) -> int:
+def weight_bytes(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> int:
     """Of a model of transformers."""
     # Heavy.
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) * dtype.itemsize
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return sum(p.numel() for p in model.parameters()) * dtype.itemsize
 
 
 def available_bytes(device: torch.device) -> int:
