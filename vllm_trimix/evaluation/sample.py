@@ -65,7 +65,7 @@ class Sample:
     @functools.cached_property
     def digest(self) -> str:
         """A hash of all that decides the answer and its score."""
-        content = (self.prompt, self.references, self.metric, self.max_tokens, str(self.measure))
+        content: tuple[object, ...] = (self.prompt, self.references, self.metric, self.max_tokens, str(self.measure))
         content += (self.thought_end,) if self.thought_end else ()
         return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 

@@ -57,7 +57,7 @@ def _entries(text: str, label: str) -> list[Entry]:
     """The objects of a file, whatever their layout."""
     # Only these end lines: a text may hold all else that Unicode calls a line's end. None may stand inside of a string.
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    found = []
+    found: list[Entry] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
