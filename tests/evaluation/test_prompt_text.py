@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.evaluation import tokenizers
 from vllm_trimix.demo.vocabulary import build_tokenizer, vocabulary
 from vllm_trimix.evaluation.languages import LANGUAGES, detect, trained_keys
-from vllm_trimix.measurement.prompt_text import NoRoom, largest
+from vllm_trimix.measurement.prompt_text import NeverLonger, NoRoom, largest
 
 
 @settings(max_examples=60, deadline=None)
@@ -46,6 +46,22 @@ def test_few_long_texts_are_made() -> None:
     # In whole texts; trying every size from the smallest would read thousands.
     assert sum(read) / len(read) < 6
     assert max(read) < 12
+
+
+@pytest.mark.parametrize("most", [0, 7, 300])
+@pytest.mark.parametrize("limit", [512, 1_000_000])
+def test_a_tokenizer_under_which_texts_stay_as_long(most: int, limit: int) -> None:
+    """Without a bound the text would be doubled until memory ends."""
+    asked = []
+
+    def count(size: int) -> int:
+        asked.append(size)
+        return min(10 * size, most)
+
+    with pytest.raises(NeverLonger, match=rf"makes {most} tokens of a text, however long .* \(--tokenizer\)"):
+        largest(count, limit=limit, low=4)
+    assert max(asked) <= 4 * 64**3
+    assert len(asked) <= 12
 
 
 def test_languages() -> None:

@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from vllm_trimix.demo.trained_task import trained_vocabulary
@@ -49,3 +49,14 @@ def records(keys: int = 2048) -> Any:
 
 def _own(words: tuple[str, ...]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(words), bos_token=BOS, unk_token=UNK)
+
+
+def characters(template: str | None = None) -> Any:
+    """A token for each character, quickly made."""
+    vocab = {"<unk>": 0, "<s>": 1, **{chr(code): code for code in range(2, 128)}}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?m:.)"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
+    made.chat_template = template
+    return made

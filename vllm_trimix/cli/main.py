@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -83,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process by default.
 
     Returns:
-        The exit status: 0, 1 where the command found something wrong, 2 for bad input, 130 after Ctrl-C.
+        The exit status: 0, 1 where the command found something wrong, 2 for bad input, 130 after Ctrl-C (after another
+        signal, 128 more than its number).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments and arguments[0] in COMMANDS else None
@@ -101,8 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if module is None:
             parser.error(f"the command must come first, e.g. vllm-trimix {parsed.command}")
         return int(module.run(parsed))
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stopped:
+        return 128 + getattr(stopped, "number", signal.SIGINT)
     except BrokenPipeError:
         # The reader (head, less) left: not an error. The null device keeps the flush at exit from complaining.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

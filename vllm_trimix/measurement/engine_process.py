@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from vllm_trimix.measurement import stopping
 from vllm_trimix.measurement.hardware import usable_cpu
 
 _LAST_LINES = 12
@@ -29,7 +30,8 @@ _POLL_SECONDS = 0.5
 class EngineProcess:
     """An engine and its log. Leaving the context ends every process of it.
 
-    The engine has a session of its own: Ctrl-C in a terminal reaches the command only, which then ends the engine.
+    The engine has a session of its own: Ctrl-C in a terminal reaches the command only, which then ends the engine, as
+    it does after other signals. If the command is killed, the engine sees the end of its input, and goes too.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class EngineProcess:
         finally:
             os.close(descriptor)
             os.close(theirs)
+        self._handlers = stopping.raise_on_signals()
         self._replies = replies
         self._unread = b""
         self._is_idle = False
@@ -126,7 +129,7 @@ class EngineProcess:
 
     def stop(self) -> None:
         """Ends every process of the engine: gently, then by force. A second Ctrl-C meanwhile doesn't prevent it."""
-        with _no_interrupts():
+        with stopping.held_off():
             # The end of its input ends an engine that is idle, with all that it cleans up behind it.
             with contextlib.suppress(OSError):
                 self._stdin.close()
@@ -138,6 +141,7 @@ class EngineProcess:
                 self._signal(signal.SIGKILL)
             self._process.wait()
             os.close(self._replies)
+        stopping.restore(self._handlers)
 
     def _is_gone_within(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
@@ -222,17 +226,3 @@ def cause(lines: list[str]) -> str | None:
         if found:
             return found[1][:400]
     return None
-
-
-@contextlib.contextmanager
-def _no_interrupts() -> Any:
-    """Ignores Ctrl-C. Only the main thread may; elsewhere it is never delivered."""
-    try:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

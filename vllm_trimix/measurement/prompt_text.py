@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 _GUESSES = 8
+_STEP = 64
 
 
 class NoRoom(ValueError):
@@ -77,6 +78,8 @@ def largest(count: Callable[[int], int], *, limit: int, low: int) -> int:
         if high == low + 1:
             return low
         wanted = last + int((goal - length) * (last - first) / max(1, length - shortest))
+        # By steps: a first guess from very short texts may be far too large.
+        wanted = min(wanted, _STEP * max(known))
         last = max(low + 1, wanted if high is None else min(wanted, high - 1))
     step = 1
     while high is None or high - low > 1:
