@@ -79,7 +79,10 @@ def test_given_prompts(tokenizer: Any, tmp_path: Path) -> None:
     [
         ("", "holds no prompts"),
         ("nonsense", "line 1: not JSON"),
-        ('{"prompt": "a", "answer": "b"}\n[1]', 'line 2: expected an object like {"prompt": ..., "answer": ...}, got [1]'),
+        (
+            '{"prompt": "a", "answer": "b"}\n[1]',
+            'line 2: expected an object like {"prompt": ..., "answer": ...}, got [1]',
+        ),
         ('{"prompt": "a", "answer": ""}', 'line 1: there is no answer: write it as "answer"'),
         ('{"prompt": 3, "answer": "b"}', 'line 1: neither "prompt" (a text) nor "messages" (a list)'),
         ('{"messages": [{"role": "user"}], "answer": "b"}', 'has no chat template for "messages"'),

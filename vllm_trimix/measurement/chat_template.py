@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vllm_trimix.measurement import thoughts
+from vllm_trimix.measurement.messages import SYSTEM, Message, as_texts, variants
 
 # What rendering itself sets.
 _RESERVED = frozenset({"messages", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template"})
-_SYSTEM = ("system", "developer")
-_TEXT_PARTS = ("text", "input_text", "output_text")
 
-Message = dict[str, Any]
+# Stands for a text whose place is looked for; the longest that templates write behind it, in characters.
+_MARK = "7302651948"
+_LONGEST_TAIL = 1000
 
 
 class Rendered(NamedTuple):
@@ -66,14 +67,13 @@ def thought_end(tokenizer: Any, arguments: Mapping[str, Any]) -> str | None:
     if all(name in off and arguments[name] == off[name] for name in asked):
         return None
     turns = [{"role": "user", "content": "a"}]
-    text = _text(tokenizer, turns, dict(arguments), "--chat-template-kwargs")
-    thought = thoughts.open_thought(text, _tail(text, turns))
+    applied = _apply(tokenizer, turns, dict(arguments), "--chat-template-kwargs")
+    thought = thoughts.open_thought(applied.text, _tail(tokenizer, applied))
     if thought is not None:
         return thought.end.strip()
     # The model opens it: then it ends as an empty one does.
     kept = {name: value for name, value in arguments.items() if name not in asked}
-    text = _text(tokenizer, turns, kept, "--chat-template-kwargs")
-    return thoughts.last_end(_tail(text, turns))
+    return thoughts.last_end(_tail(tokenizer, _apply(tokenizer, turns, kept, "--chat-template-kwargs")))
 
 
 def render(
@@ -107,13 +107,14 @@ def render(
             f'{where}: this tokenizer has no chat template for "messages"; give the text as "prompt", or another '
             "tokenizer (--tokenizer)"
         )
-    plain = [_plain(message, f"{where}: message {number}") for number, message in enumerate(messages, start=1)]
-    if not plain:
-        raise ValueError(f"{where}: the conversation has no message")
+    plain = as_texts(messages, where)
     if _is_mistral(tokenizer):
         return _mistral(tokenizer, plain, given, prefix, where)
-    text = _text(tokenizer, plain, given, where)
-    thought = thoughts.open_thought(text, _tail(text, plain))
+    applied = _apply(tokenizer, plain, given, where)
+    text, thought = applied.text, thoughts.open_thought(applied.text, applied.text[-_LONGEST_TAIL:])
+    if thought is not None:
+        # It may be in what the user wrote.
+        thought = thoughts.open_thought(text, _tail(tokenizer, applied))
     if thought is not None and given.keys() & thoughts.switches(_source(tokenizer)):
         if answered:
             raise ValueError(
@@ -125,38 +126,45 @@ def render(
     return Rendered(text + prefix)
 
 
-def _text(tokenizer: Any, messages: list[Message], given: dict[str, Any], where: str) -> str:
+class _Applied(NamedTuple):
+    """A prompt, and the conversation and the arguments that made it."""
+
+    text: str
+    messages: list[Message]
+    arguments: dict[str, Any]
+
+
+def _apply(tokenizer: Any, messages: list[Message], given: dict[str, Any], where: str) -> _Applied:
     """The first way to put the conversation that the template takes and of which it leaves nothing out."""
     refusal: Exception | None = None
-    partial: tuple[str, list[Message], dict[str, Any]] | None = None
-    for variant in _variants(messages):
+    partial: _Applied | None = None
+    for variant in variants(messages):
         for arguments in _arguments(tokenizer, given):
             try:
-                text = _applied(tokenizer, variant, arguments)
+                text = _rendered(tokenizer, variant, arguments)
             except Exception as error:
                 refusal = refusal or error
                 continue
             if _is_whole(text, variant):
-                return text
-            partial = partial or (text, variant, arguments)
+                return _Applied(text, variant, arguments)
+            partial = partial or _Applied(text, variant, arguments)
             # Other arguments would leave it out as well.
             break
     if partial is None:
         raise ValueError(f"{where}: the tokenizer's chat template refuses it: {_first_line(refusal)}")
-    text, variant, arguments = partial
-    if _applied(tokenizer, [*variant[:-1], {**variant[-1], "content": "another text"}], arguments) == text:
+    if _with_mark(tokenizer, partial) == partial.text:
         raise ValueError(f'{where}: the tokenizer\'s chat template leaves the text out; give it as "prompt"')
     # It writes the text in another way, but writes it.
-    return text
+    return partial
 
 
-def _applied(tokenizer: Any, messages: list[Message], arguments: dict[str, Any]) -> str:
+def _rendered(tokenizer: Any, messages: list[Message], arguments: dict[str, Any]) -> str:
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **arguments))
 
 
 def _is_whole(text: str, messages: list[Message]) -> bool:
     """Whether the system's texts and the last turn are in a prompt, as texts."""
-    for message in [message for message in messages[:-1] if message["role"] in _SYSTEM] + messages[-1:]:
+    for message in [message for message in messages[:-1] if message["role"] in SYSTEM] + messages[-1:]:
         content = message["content"]
         if isinstance(content, list):
             content = content[0]["text"]
@@ -166,26 +174,6 @@ def _is_whole(text: str, messages: list[Message]) -> bool:
         if content.strip() not in text:
             return False
     return True
-
-
-def _variants(messages: list[Message]) -> Iterator[list[Message]]:
-    """As it is, with contents as parts, and without what some templates have no place for."""
-    folded = _folded(messages)
-    for variant in (messages, folded) if folded != messages else (messages,):
-        yield variant
-        yield [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in variant]
-
-
-def _folded(messages: list[Message]) -> list[Message]:
-    """System texts at the beginning of the user's first turn, and turns of the same role as one."""
-    found: list[Message] = []
-    for message in messages:
-        role = "user" if message["role"] in _SYSTEM else message["role"]
-        if found and found[-1]["role"] == role and role in ("user", "assistant"):
-            found[-1] = {**found[-1], "content": f"{found[-1]['content']}\n\n{message['content']}"}
-        else:
-            found.append({**message, "role": role})
-    return found
 
 
 def _arguments(tokenizer: Any, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -199,46 +187,16 @@ def _arguments(tokenizer: Any, given: dict[str, Any]) -> Iterator[dict[str, Any]
             yield arguments
 
 
-def _tail(text: str, messages: list[Message]) -> str:
+def _with_mark(tokenizer: Any, applied: _Applied) -> str:
+    """The same prompt with a mark in place of the last message's text."""
+    last = applied.messages[-1]
+    mark = _MARK if isinstance(last["content"], str) else [{"type": "text", "text": _MARK}]
+    return _rendered(tokenizer, [*applied.messages[:-1], {**last, "content": mark}], applied.arguments)
+
+
+def _tail(tokenizer: Any, applied: _Applied) -> str:
     """What the template put behind the last message."""
-    content = messages[-1]["content"].strip()
-    place = text.rfind(content) if content else -1
-    return text[place + len(content) :] if place >= 0 else text[-200:]
-
-
-def _plain(message: Any, where: str) -> Message:
-    """A message whose content is a text."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ValueError(f'{where}: expected {{"role": ..., "content": ...}}, got {_short(message)}')
-    content = message.get("content")
-    # A turn that only calls tools has none.
-    is_empty = content is None and message["role"] == "assistant"
-    return {**message, "content": "" if is_empty else text_of(content, where)}
-
-
-def text_of(content: Any, where: str) -> str:
-    """A message's content as a text: as it is, or the texts of its parts, a line each.
-
-    Raises:
-        ValueError: There is something else in it.
-    """
-    if isinstance(content, list):
-        content = "\n".join(_part(part, where) for part in content)
-    if not isinstance(content, str):
-        raise ValueError(f'{where}: "content" is {_short(content)}; write a text, or a list of text parts')
-    return content
-
-
-def _part(part: Any, where: str) -> str:
-    if isinstance(part, str):
-        return part
-    if isinstance(part, dict):
-        text = part.get("text")
-        if part.get("type", "text") in _TEXT_PARTS and isinstance(text, str):
-            return text
-        if isinstance(part.get("type"), str) and part["type"] not in _TEXT_PARTS:
-            raise ValueError(f"{where} has a part of type {part['type']!r}; prompts are texts here: leave it out")
-    raise ValueError(f'{where}: a part is {_short(part)}; write {{"type": "text", "text": ...}}')
+    return _with_mark(tokenizer, applied).rpartition(_MARK)[2]
 
 
 def _mistral(tokenizer: Any, messages: list[Message], given: dict[str, Any], prefix: str, where: str) -> Rendered:
@@ -276,8 +234,3 @@ def _known(tokenizer: Any) -> frozenset[str]:
 
 def _first_line(error: object) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=repr)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_trimix.measurement.chat_template import text_of
+from vllm_trimix.measurement.messages import text_of
 from vllm_trimix.untrusted import quoted
 
 _TURNS = ("messages", "conversations", "conversation", "prompt", "input")
