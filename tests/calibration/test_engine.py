@@ -28,9 +28,9 @@ TRIMIX = {"starting_layer": 1, "n_init": 4, "n_local": 64, "last_n": 16, "prompt
 SHALLOW = {"shallow": {"pattern": "a_shape", "n_init": 4, "n_local": 64}}
 RESOLVED = """
 import json, sys
-from vllm_trimix.backend.selfcheck import resolved_for
+from vllm_trimix.backend.preview import preview
 model, entry = sys.argv[1:]
-print(resolved_for(model, json.loads(entry))[0].model_dump_json())
+print(preview(model, json.loads(entry), []).resolved.model_dump_json())
 """
 
 

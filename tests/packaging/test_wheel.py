@@ -165,7 +165,8 @@ def test_every_module_and_preset_is_in_the_wheel(wheel: zipfile.ZipFile) -> None
 
 def test_entry_points(wheel: zipfile.ZipFile) -> None:
     text = _metadata(wheel, "entry_points.txt")
-    assert "[vllm.general_plugins]\ntrimix = vllm_trimix.plugin:register" in text
+    assert "[vllm.general_plugins]\ntrimix = vllm_trimix.plugin:register\n" in text
+    assert "[vllm.platform_plugins]\ntrimix = vllm_trimix.plugin:register_name\n" in text
     assert "[console_scripts]\nvllm-trimix = vllm_trimix.cli.main:main" in text
 
 

@@ -29,12 +29,20 @@ class Preview(NamedTuple):
 
     Attributes:
         resolved: The settings.
+        sparse: Layers that would be sparse.
+        stock: Chosen layers that would stay stock, with the reasons, as in the line; empty where there are none.
+        dense: Name of the dense backend.
+        kernel: Name of the triangle kernel.
         line: The start-up line.
         warning: That nothing would be sparse, or None.
         unsure: Why the line is made from the configuration alone, or None.
     """
 
     resolved: Resolved
+    sparse: frozenset[int]
+    stock: str
+    dense: str
+    kernel: str
     line: str
     warning: str | None
     unsure: str | None
@@ -73,8 +81,16 @@ def preview(model: str, entry: dict[str, Any] | None, flags: list[str]) -> Previ
         chosen = {*resolved.layers, *(() if resolved.shallow is None else resolved.shallow.layers)}
         stock = {layer: known[layer] for layer in sorted(chosen & known.keys())}
         found = Survey(frozenset(chosen - known.keys()), stock, frozenset())
-    line = announce.start_line(resolved, dense=dense, kernel=kernel, stock=found.stock)
-    return Preview(resolved, line, announce.nothing_sparse(resolved, found), unsure)
+    return Preview(
+        resolved,
+        sparse=found.sparse,
+        stock=announce.stock_label(found.stock) if found.stock else "",
+        dense=dense,
+        kernel=kernel,
+        line=announce.start_line(resolved, dense=dense, kernel=kernel, stock=found.stock),
+        warning=announce.nothing_sparse(resolved, found),
+        unsure=unsure,
+    )
 
 
 def _planned(resolved: Resolved) -> tuple[str, str]:
@@ -94,7 +110,10 @@ def _composed(vllm_config: Any) -> tuple[str, str] | None:
 
 @contextlib.contextmanager
 def _built(vllm_config: Any) -> Iterator[Any]:
-    """The model, on the meta device: its modules without memory for their weights."""
+    """The model, on the meta device: its modules without memory for their weights.
+
+    A process that did this can't run a model any more: vLLM keeps rotary embeddings for the next one.
+    """
     # What model code says while it is built is about a server that doesn't run.
     loud = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -21,7 +21,7 @@ def register_trimix() -> None:
 
     On an untested vLLM the name stays known, and selecting it fails with one clear line.
     """
-    _register_member()
+    register_member()
     # Detects the platform: only once vLLM asks for plugins.
     from vllm.platforms import current_platform
 
@@ -31,7 +31,8 @@ def register_trimix() -> None:
         compat.wrap_once(platform, "get_attn_backend_cls", _composed_backend)
 
 
-def _register_member() -> None:
+def register_member() -> None:
+    """Adds the backend's name. Idempotent."""
     if NAME in AttentionBackendEnum.__members__:
         return
     if hasattr(AttentionBackendEnum, "register"):
@@ -49,7 +50,7 @@ def _register_member() -> None:
 
 def restore_member() -> AttentionBackendEnum:
     """Unpickles the member in a process where plugins have not been loaded yet."""
-    _register_member()
+    register_member()
     return AttentionBackendEnum[NAME]
 
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import pickle
-from typing import Any
 
 import torch
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_trimix.backend import settings
 from vllm_trimix.backend.cpu_layouts import probe_layouts
-from vllm_trimix.backend.names import ENTRY, NAME
+from vllm_trimix.backend.names import NAME
 from vllm_trimix.backend.registration import register_trimix
 from vllm_trimix.backend.triangle.prefill import LayerGroup, LayerShape
 from vllm_trimix.backend.triangle.triton_prefill import TritonPrefill
-from vllm_trimix.config.entry import Resolved
 from vllm_trimix.kernels.layer_call import LayerCall
 from vllm_trimix.kernels.reference import gather_pages, masked_attention
 from vllm_trimix.kernels.torch_cpu import triangle_prefill
@@ -127,19 +124,3 @@ def _run_triton(
     plan = Plan(triangle=spans)
     arrays = [torch.from_numpy(array).to(q.device) for array in prefill.arrays(plan)]
     prefill.run(prefill.bind(plan, arrays, block_table), LayerCall(q, k, v, out, scale))
-
-
-def resolved_for(model: str, raw: Any) -> tuple[Resolved, str]:
-    """What would run for a model and a ``trimix`` entry, by vLLM's own configuration, and the kernel.
-
-    Raises:
-        ValueError: As at server start.
-    """
-    # Heavy: the whole engine.
-    from vllm.engine.arg_utils import EngineArgs
-
-    entry = {} if raw is None else {ENTRY: raw}
-    args = EngineArgs(model=model, attention_backend=NAME, additional_config=entry, enforce_eager=True)
-    resolved = settings.of(args.create_engine_config())
-    dense = resolved.dense_backend or ("CPU_ATTN" if current_platform.is_cpu() else "the platform's dense backend")
-    return resolved, f"{'torch_cpu' if current_platform.is_cpu() else 'triton'} on {dense}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from pathlib import Path
 from typing import Any
 
 import vllm.envs as envs
@@ -23,6 +24,7 @@ from vllm_trimix.untrusted import quoted
 
 logger = init_logger("vllm.vllm_trimix")
 
+_SPARSE_CONFIG = "sparse_attention_config.json"
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 
@@ -136,11 +138,24 @@ def _check_model(vllm_config: Any) -> None:
             f"TRIMIX does not support pooling models ({name}): they read every prompt row. "
             "Leave --attention-backend unset"
         )
+    if getattr(model_config.hf_text_config, "dual_chunk_attention_config", None):
+        raise ValueError(_dual_chunk(name))
     kv_dtype = vllm_config.cache_config.cache_dtype
     if kv_dtype not in KV_CACHE_DTYPES:
         raise ValueError(
             f"TRIMIX does not support --kv-cache-dtype {kv_dtype}; choose one of {', '.join(KV_CACHE_DTYPES)}"
         )
+
+
+def _dual_chunk(name: str) -> str:
+    """What to do about a model with dual chunk attention, which vLLM can't serve any more (0.32, 0.33)."""
+    line = (
+        f"TRIMIX does not support dual chunk attention, which {name} asks for. Serve it with full attention: "
+        "--hf-overrides '{\"dual_chunk_attention_config\": null}'"
+    )
+    if Path(name, _SPARSE_CONFIG).exists() or not Path(name).is_dir():
+        line += f", from a folder without {_SPARSE_CONFIG} (vLLM fails on the two together)"
+    return line
 
 
 def _check_features(vllm_config: Any) -> None:

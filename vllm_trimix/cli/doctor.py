@@ -4,27 +4,51 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
 import pickle
 import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import vllm_trimix
+from vllm_trimix.cli import arguments
+from vllm_trimix.cli.model_folder import check_model
+from vllm_trimix.config.entry import parse_config
+
+TAKES_ENGINE_FLAGS = True
+_INDENT = " " * 20
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command."""
-    parser = subparsers.add_parser("doctor", help="check the installation, and say what would run for a model")
+    parser = subparsers.add_parser(
+        "doctor",
+        help="check the installation, and say what would run for a model",
+        usage="vllm-trimix doctor [MODEL] [--config JSON] [-- ENGINE FLAGS]",
+        epilog="Engine flags of vllm serve go after --, e.g. vllm-trimix doctor MODEL -- --kv-cache-dtype fp8",
+    )
     parser.add_argument("model", nargs="?", help="HF id or path; says which layers and kernels would run")
     parser.add_argument("--config", metavar="JSON", help="the trimix entry, e.g. '{\"starting_layer\": 16}'")
+    arguments.add_trust(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs every check, even after a failure; returns 1 when one failed."""
+    """Runs every check, even after a failure; returns 1 when one failed.
+
+    Raises:
+        ValueError: The arguments are wrong; found out before anything is checked.
+    """
+    entry = _entry(args.config)
+    flags = [*args.flags, *(["--trust-remote-code"] if args.trust_remote_code else [])]
+    if args.model:
+        check_model(args.model)
+    elif args.config or flags:
+        raise ValueError("--config and engine flags need a MODEL: they say how it would be served")
+    # Read when vLLM is imported. What it says of its own start is not what was asked.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     checks: list[tuple[str, Callable[[], str]]] = [
         ("versions", _versions),
         ("plugin", _plugin),
@@ -35,9 +59,7 @@ def run(args: argparse.Namespace) -> int:
         ("cpu kernel", _cpu_kernel),
     ]
     if args.model:
-        checks.append(("model", lambda: _model(args.model, args.config)))
-    elif args.config:
-        raise ValueError("--config needs a MODEL: layers are checked against it")
+        checks.append(("model", lambda: _model(args.model, entry, flags)))
     failed = 0
     for name, check in checks:
         try:
@@ -77,9 +99,11 @@ def _vllm() -> str:
     # Each check imports what it checks, so that one that can't be imported fails alone.
     from vllm_trimix.backend import compat
 
-    reason = compat.unsupported_reason()
+    reason = compat.untested_reason()
+    if reason and compat.allows_untested():
+        raise RuntimeError(f"{reason}; {compat.ALLOW_UNTESTED}=1 lets it be tried")
     if reason:
-        raise RuntimeError(reason)
+        raise RuntimeError(compat.unsupported_reason())
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
@@ -130,18 +154,34 @@ def _cpu_kernel() -> str:
     return f"compiled, would run as {found[0]} for bf16 and as {others[0]} for fp16 and fp32"
 
 
-def _model(model: str, config: str | None) -> str:
+def _model(model: str, entry: dict[str, Any] | None, flags: list[str]) -> str:
+    """What a server with these arguments says at start, and what it means."""
     # As above.
-    from vllm_trimix.backend.selfcheck import resolved_for
+    from vllm_trimix.backend.preview import preview
     from vllm_trimix.config.layers import format_layers
 
-    try:
-        raw = json.loads(config) if config else None
-    except ValueError as error:
-        raise ValueError(f"--config is not JSON: {error}") from None
-    settings, kernel = resolved_for(model, raw)
-    return (
-        f"layers {format_layers(settings.layers)} of {settings.num_layers} run the triangle by kernel {kernel} "
-        f"(n_init {settings.n_init}, n_local {settings.n_local}, last_n {settings.last_n}) for prompts of at least "
-        f"{settings.min_prompt_len} tokens; from {settings.source}"
-    )
+    seen = preview(model, entry, flags)
+    if seen.warning is not None:
+        raise RuntimeError(f"{seen.warning}\n{_INDENT}{seen.line}")
+    settings, layers = seen.resolved, sorted(seen.sparse.intersection(seen.resolved.layers))
+    lines = [
+        f"layers {format_layers(layers)} of {settings.num_layers} run the triangle by kernel {seen.kernel} on "
+        f"{seen.dense} (n_init {settings.n_init}, n_local {settings.n_local}, last_n {settings.last_n}) for prompts of "
+        f"at least {settings.min_prompt_len} tokens; from {settings.source}"
+    ]
+    if seen.stock:
+        lines.append(f"chosen layers that stay stock: {seen.stock}")
+    if seen.unsure is not None:
+        lines.append(f"by the configuration alone: {seen.unsure}")
+    return f"\n{_INDENT}".join([*lines, f"start-up line: {seen.line}"])
+
+
+def _entry(config: str | None) -> dict[str, Any] | None:
+    """The ``trimix`` entry, also in the form in which servers take it."""
+    if config is None:
+        return None
+    raw = arguments.read_json("--config", config)
+    if isinstance(raw, dict) and set(raw) == {"trimix"}:
+        raw = raw["trimix"]
+    parse_config(raw)
+    return dict(raw)
