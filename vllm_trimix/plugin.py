@@ -12,8 +12,8 @@ def register_name() -> None:
     General plugins load when an engine's arguments are made. That is too late for Python code that makes an
     ``AttentionConfig`` of its own. Platform plugins are asked while vLLM is imported; None says that this is none.
     """
-    # vLLM's own import may fail; it says so itself.
     with contextlib.suppress(Exception):
+        # vLLM's own import may fail; it says so itself.
         from vllm_trimix.backend.registration import register_member
 
         register_member()

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.kernels.prediction import predict_layer
 from tests.docs.reading import PAGES, ROOT, code_blocks, prose, rows, section
-from vllm_trimix.backend.announce import REASONS
+from vllm_trimix.backend.announce import REASONS, start_line
 from vllm_trimix.backend.names import ALLOWED
 from vllm_trimix.backend.namespaces import RESERVED
 from vllm_trimix.cli.main import COMMANDS, build_parser
@@ -130,13 +130,9 @@ def test_the_table_of_what_requests_may_ask_is_complete() -> None:
 @pytest.mark.parametrize("page", ["README.md", "docs/configuration.md"])
 def test_log_lines_have_the_keys_of_the_code(page: str) -> None:
     written = [re.findall(r"(\w+)=", line) for line in re.findall(r"^TRIMIX.*$", PAGES[page], re.M)]
-    formats = [
-        node.value
-        for node in ast.walk(ast.parse((ROOT / "vllm_trimix/backend/announce.py").read_text()))
-        if isinstance(node, ast.Constant) and str(node.value).startswith("TRIMIX: ")
-    ]
+    resolved = resolve({"layers": "1"}, model="m", num_layers=2)
     counters = {**Stats().snapshot(), "short_prompt": 40}
-    lines = [*formats, Stats.line({}, counters)]
+    lines = [start_line(resolved, dense="FLASH_ATTN", kernel="triton", stock={}), Stats.line({}, counters)]
     assert written == [re.findall(r"(\w+)=", line) for line in lines]
 
 

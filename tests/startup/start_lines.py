@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
 import os
 import sys
 from typing import Any
@@ -17,18 +16,23 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
-class Lines(logging.Handler):
-    """What TRIMIX says of an engine, with the level."""
+class Lines:
+    """In place of the log: what TRIMIX says of an engine, with the level."""
 
     def __init__(self) -> None:
-        """Listens to the package's own logger."""
-        super().__init__()
-        self.said: list[tuple[str, str]] = []
-        logging.getLogger("vllm.vllm_trimix").addHandler(self)
+        """Listens."""
+        from vllm_trimix.backend import announce
 
-    def emit(self, record: logging.LogRecord) -> None:
+        self.said: list[tuple[str, str]] = []
+        announce.logger = self
+
+    def info(self, message: str, *values: object) -> None:
         """Keeps it."""
-        self.said.append((record.levelname, record.getMessage()))
+        self.said.append(("INFO", message % values))
+
+    def warning(self, message: str, *values: object) -> None:
+        """Keeps it."""
+        self.said.append(("WARNING", message % values))
 
 
 def foretell(model: str, entry: dict[str, Any], flags: list[str]) -> dict[str, Any] | str:

@@ -79,6 +79,23 @@ MODELS: dict[str, dict[str, Any]] = {
         "adapter_rank": 8,
         "use_shared_attention_adapter": False,
     },
+    "qwen3-next": {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "num_hidden_layers": 8,
+        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
     "dual chunks": {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
@@ -114,6 +131,7 @@ FORETOLD: dict[str, tuple[str, dict[str, Any], list[str], str, list[int]]] = {
     "odd heads, shallow": ("odd heads", SHALLOW, [], "0-1:head_size", [2, 3]),
     "zamba2": ("zamba2", {**TRIANGLE, "layers": "2-7"}, [], "2:no_attention,4-6:no_attention", [3, 7]),
     "one attention": ("zamba2", {**TRIANGLE, "layers": "7"}, [], "none", [7]),
+    "qwen3-next": ("qwen3-next", {**TRIANGLE, "layers": "4-7"}, [], "4-6:no_attention", [7]),
     "without dual chunks": ("dual chunks", LAYERS, FULL_ATTENTION, "none", [0, 1, 2, 3]),
 }
 REFUSED: dict[str, tuple[str, dict[str, Any], list[str], str]] = {
@@ -140,7 +158,7 @@ SERVED: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "gpt-oss": ({}, {"stock_layers": 300, "triangle_layer_rows": 0}),
     "fp8": ({"kv_cache_dtype": "fp8"}, {"stock_layers": 300, "triangle_layer_rows": 0}),
     "large heads, shallow": ({}, {"triangle": 284, "triangle_layer_rows": 568, "dynamic_layer_rows": 0}),
-    "one attention": ({}, {"triangle": 284, "triangle_layer_rows": 284}),
+    "qwen3-next": ({}, {"triangle": 284, "triangle_layer_rows": 284}),
 }
 LENGTH = 300
 
