@@ -21,6 +21,7 @@ def bare(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A model's folder without its tokenizer; for some kinds transformers makes an empty one."""
     folder = tmp_path / "bare"
     request.param(**SMALL).save_pretrained(folder)
+    (folder / "model.safetensors").touch()
     return folder
 
 

@@ -72,15 +72,21 @@ def check_output(folder: Path) -> None:
         raise ValueError(f"--output: {there} can't be written to; name another folder")
 
 
-def check_packages(*names: str, extra: str) -> None:
-    """Refuses to begin where a package is missing that is needed at the end.
+def check_packages(*names: str, extra: str = "") -> None:
+    """Refuses to begin where a package is missing, even if it is needed only at the end.
+
+    Args:
+        *names: Of packages.
+        extra: The extra that brings them, all but vLLM.
 
     Raises:
         ValueError: Naming them.
     """
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"this command needs {', '.join(missing)}: pip install 'vllm-trimix[{extra}]'")
+        ours = f"pip install 'vllm-trimix[{extra}]'" if extra and missing != ["vllm"] else ""
+        how = "; ".join(filter(None, [ours, "for vllm see Install in the README" if "vllm" in missing else ""]))
+        raise ValueError(f"this command needs {', '.join(missing)}, not installed here: {how}")
 
 
 def read_object(flag: str, text: str) -> dict[str, Any]:

@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     """
     start = time.monotonic()
     entry, output = check(args)
+    arguments.check_packages("vllm")
 
     def left() -> float:
         return start + 60 * args.budget - time.monotonic()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import platform
 import shlex
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_trimix.cli.arguments import add_tokenizer, add_trust, read_object
+from vllm_trimix.cli.arguments import add_tokenizer, add_trust, check_output, check_packages, read_object
 from vllm_trimix.config.context import max_length
 from vllm_trimix.measurement.chat_template import check_arguments
 from vllm_trimix.measurement.hardware import cpu_name
 from vllm_trimix.measurement.tokenizers import load_tokenizer
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +34,19 @@ def share_trust(args: argparse.Namespace) -> None:
     if args.trust_remote_code and not given and not args.server:
         args.flags = [*args.flags, flag]
     args.trust_remote_code = args.trust_remote_code or given
+
+
+def check_surroundings(args: argparse.Namespace) -> None:
+    """Refuses, before anything takes time, what would fail at the end: packages, weights, the folder for results.
+
+    Raises:
+        ValueError: Naming what is missing or in the way.
+    """
+    check_packages("matplotlib", "psutil", "scipy", "torch", "tqdm", "transformers", extra="probe")
+    check_output(args.output)
+    folder = Path(args.model)
+    if folder.is_dir() and not any(list(folder.glob(pattern)) for pattern in _WEIGHTS):
+        raise ValueError(f"{args.model} holds no weights ({', '.join(_WEIGHTS)}); name a model with its weights")
 
 
 class Source(NamedTuple):

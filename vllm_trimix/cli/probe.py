@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         OSError: A file that can't be read or written.
     """
     pattern = _pattern(args)
+    hf_model.check_surroundings(args)
     # Heavy: PyTorch.
     from vllm_trimix.probing import memory, probe, prompts, report
     from vllm_trimix.probing.saved import Saved

@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         OSError: A file that can't be read or written.
     """
     lengths, also = _check(args)
+    hf_model.check_surroundings(args)
     # Heavy: PyTorch.
     from vllm_trimix.patterns.registry import describe
     from vllm_trimix.probing import memory, prompts

@@ -80,14 +80,18 @@ def generate(
 
 
 def read(
-    path: Path, tokenizer: Any, *, answers: bool = True, template_arguments: Mapping[str, Any] | None = None
+    path: Path,
+    tokenizer: Any,
+    *,
+    answers: bool | None = True,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> list[Prompt]:
     """Prompts from a file, of our own form (``{"prompt": TEXT or "messages": [...], "answer": TEXT}``) or a known one.
 
     Args:
         path: JSON lines or an array; see ``prompt_files``.
         tokenizer: The model's.
-        answers: Whether every prompt needs an answer.
+        answers: Whether every prompt needs an answer; None: answers are left out, and may begin with a thought.
         template_arguments: The user's, of the chat template.
 
     Raises:
@@ -95,9 +99,10 @@ def read(
         OSError: The file can't be read.
     """
     prompts = []
-    for given in prompt_files.read(path, answers=answers):
+    for given in prompt_files.read(path, answers=bool(answers)):
+        answer = "" if answers is None else given.answer
         if given.text is not None:
-            prompts.append(_encode(tokenizer, "file", Rendered(given.text), given.answer))
+            prompts.append(_encode(tokenizer, "file", Rendered(given.text), answer))
             continue
         assert given.messages is not None
         rendered = render(
@@ -105,9 +110,9 @@ def read(
             given.messages,
             where=given.where,
             arguments=template_arguments,
-            answered=answers or bool(given.answer),
+            answered=bool(answer),
         )
-        prompts.append(_encode(tokenizer, "file", rendered, given.answer))
+        prompts.append(_encode(tokenizer, "file", rendered, answer))
     return prompts
 
 

@@ -55,7 +55,7 @@ def _given(context: Context, path: Path, length: int, count: int) -> list[Sample
     # Heavy: PyTorch.
     from vllm_trimix.probing import prompts
 
-    given = prompts.read(path, context.tokenizer, answers=False, template_arguments=context.template_arguments)
+    given = prompts.read(path, context.tokenizer, answers=None, template_arguments=context.template_arguments)
     read = [prompt.sample.prompt for prompt in given]
     samples = [
         Sample("prompts", length, index, prompt, max_tokens=_MAX_TOKENS, measure=Measure.AGREEMENT, source=path.name)
