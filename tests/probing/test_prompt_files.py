@@ -221,6 +221,12 @@ def test_published_forms_are_read(form: str, tmp_path: Path) -> None:
             given(tmp_path / "p.jsonl", value, answers=True)
 
 
+def test_the_documented_lines_are_read(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```jsonl\n(.*?)```", (ROOT / "docs/prompts.md").read_text(encoding="utf-8"), re.DOTALL)
+    first, second = given(tmp_path / "p.jsonl", block, answers=True)
+    assert (first.text is None, second.messages is None) == (False, False)
+
+
 def test_each_question_is_a_prompt(tmp_path: Path) -> None:
     shared = {"context": "A book.", "questions": ["Where?", "When?"], "answers": [["here", "h"], "now"]}
     found = given(tmp_path / "p.jsonl", shared, answers=True)
