@@ -229,6 +229,22 @@ def test_what_an_untested_vllm_says(monkeypatch: pytest.MonkeyPatch) -> None:
         doctor._vllm()
 
 
+def test_python_code_may_name_the_backend_before_an_engine_is_made() -> None:
+    """vLLM loads general plugins with an engine's arguments only; its own configuration objects come before."""
+    code = (
+        "from vllm.config import AttentionConfig\n"
+        "from vllm.platforms import current_platform\n"
+        "kinds = AttentionConfig(backend_per_kind={'full_attention': 'TRIMIX'}).backend_per_kind\n"
+        "backend = AttentionConfig(backend='TRIMIX').backend\n"
+        "print(backend.name, kinds['full_attention'].name, type(current_platform).__name__)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-2000:]
+    backend, kind, platform = process.stdout.split()[-3:]
+    assert (backend, kind) == ("TRIMIX", "TRIMIX")
+    assert platform in ("CpuPlatform", "CudaPlatform", "NvmlCudaPlatform"), "the plugin is no platform"
+
+
 def test_serve_stops_in_the_front_end(models: dict[str, str]) -> None:
     """No worker is started for a configuration that can't run, and the reason is the last line."""
     command = [str(Path(sys.executable).with_name("vllm")), "serve", models["llama"], "--attention-backend=TRIMIX"]

@@ -19,6 +19,10 @@ Every patch of vLLM that this package makes is listed here, with its cause and w
    opt-out would be ignored in silence. Goes when beam search passes them on.
 
 4 to 7 are installed only where a TRIMIX engine runs.
+
+No patch, but a use that its authors didn't think of: the name is registered by an entry point for platforms, too
+(``plugin.register_name``), because general plugins load after Python code has made its ``AttentionConfig``. Goes when
+vLLM loads general plugins before it reads one.
 """
 
 from __future__ import annotations
