@@ -127,6 +127,40 @@ def _has(config: Any, name: str) -> bool:
 
 
 def toy(config: Any) -> Any:
-    """A random model, fp32, with transformers' plain attention."""
+    """A random model, fp32, with transformers' plain attention and experts."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return AutoModelForCausalLM.from_config(config, **plain).float().eval()
+
+
+_VISION = {
+    **dict.fromkeys(
+        ("hidden_size", "embed_dim", "vision_output_dim", "projector_input_dim", "projector_output_dim"), 32
+    ),
+    **dict.fromkeys(("num_hidden_layers", "depth", "num_attention_heads", "num_heads"), 2),
+    "intermediate_size": 48,
+    "image_size": 28,
+    "patch_size": 14,
+    "out_hidden_size": 64,
+    "fullatt_block_indexes": [1],
+}
+
+
+def seeing(family: str, **changes: Any) -> Any:
+    """A toy configuration of a family that sees images.
+
+    Args:
+        family: ``model_type`` of the whole model.
+        changes: Of values of its text part.
+    """
+    kind = CONFIG_MAPPING[family]
+    plain = kind()
+    text = plain.get_text_config()
+    key = next(name for name in kind.sub_configs if getattr(plain, name) is text)
+    config = kind(**{key: config_of(text.model_type, **changes).to_dict()})
+    for name in set(kind.sub_configs) - {key}:
+        part = getattr(config, name)
+        for size, value in _VISION.items():
+            if hasattr(part, size):
+                setattr(part, size, value)
+    return config

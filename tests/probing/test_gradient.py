@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -13,7 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.probing.families import config_of, toy
 from tests.probing.models import ALL, NUM_LAYERS, WINDOWED, circuit, question, sample, tiny
+from vllm_trimix import hf_attention
 from vllm_trimix.hf_attention import dense_mask, install
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.probing import gradient
@@ -31,6 +34,19 @@ from vllm_trimix.probing.gradient import (
 ROOT = Path(__file__).parents[2]
 PATTERN = Triangle(n_init=3, n_local=17, last_n=9)
 MIDDLE = SECTIONS.index("middle")
+
+
+# Layers of several kinds: only those that can be sparse have scores.
+MIXED = (
+    "qwen3_next",
+    "zamba2",
+    "nemotron_h",
+    "falcon_h1",
+    "llama4_text",
+    "gemma4_text",
+    "gemma3n_text",
+    "mimo_v2_flash",
+)
 
 
 def by_autograd(model: Any, sample: Sample, objective: Objective) -> dict[str, torch.Tensor]:
@@ -75,14 +91,16 @@ def by_autograd(model: Any, sample: Sample, objective: Objective) -> dict[str, t
 
 
 @pytest.mark.parametrize("objective", ["logit", "logprob"])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, *MIXED])
 def test_scores_are_autograds(name: str, objective: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradient, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(hf_attention, "BLOCK_ROWS", 16)
     probe = sample(70, 4)
-    truth = by_autograd(tiny(name).double(), probe, objective)
+    made = functools.partial(tiny, name) if name in ALL else lambda: toy(config_of(name))
+    truth = by_autograd(made().double(), probe, objective)
     # The same in fp32 is the measure of what fp32 can do.
-    plain = by_autograd(tiny(name), probe, objective)
-    scores = score_sample(tiny(name), probe, PATTERN, objective=objective)
+    plain = by_autograd(made(), probe, objective)
+    scores = score_sample(made(), probe, PATTERN, objective=objective)
     for score in SCORES:
         got = torch.tensor(scores.values[score], dtype=torch.float64)
         largest = truth[score].abs().max()

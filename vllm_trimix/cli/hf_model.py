@@ -71,10 +71,22 @@ class Source(NamedTuple):
 
     def model(self) -> Any:
         """Loads it, in evaluation mode."""
-        # Heavy.
-        from transformers import AutoModelForCausalLM
+        # Heavy: PyTorch.
+        from vllm_trimix.probing.loading import model_class
 
-        return AutoModelForCausalLM.from_pretrained(self.name, dtype=self.dtype, **self.load).to(self.device).eval()
+        auto = model_class(self.config)
+        return auto.from_pretrained(self.name, dtype=self.dtype, **self.load).to(self.device).eval()
+
+    def outline(self) -> Any:
+        """The model without its weights.
+
+        Raises:
+            ValueError: Transformers can't run it.
+        """
+        # Heavy: PyTorch.
+        from vllm_trimix.probing.loading import outline
+
+        return outline(self.config, **self.load)
 
     @property
     def dtype_name(self) -> str:

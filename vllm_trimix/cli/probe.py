@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     from vllm_trimix.probing.saved import Saved
 
     source = hf_model.find(args)
+    outline = source.outline()
+    probe.check_layers(outline)
     limit, tokenizer = source.max_length, source.tokenizer
     template = hf_model.template_arguments(args, tokenizer)
     if args.prompts is None and limit is not None and args.length > limit:
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{len(chosen)} prompts: two to score and two held out for the choice are the least; add some")
     prompts.check_lengths(chosen, pattern, max_length=limit)
     longest = max(len(prompt.sample.prompt) + len(prompt.sample.answer) for prompt in chosen)
-    needed = memory.needed_bytes(source.config, length=longest, dtype=source.dtype, **source.load)
+    needed = memory.needed_bytes(outline, length=longest, dtype=source.dtype)
     memory.check(needed, length=longest, dtype=source.dtype, device=source.device)
     settings = probe.Settings(
         model=args.model,

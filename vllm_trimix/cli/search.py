@@ -89,19 +89,16 @@ def run(args: argparse.Namespace) -> int:
     source = hf_model.find(args)
     num_layers = source.config.get_text_config().num_hidden_layers
     triangle = _triangle_layers(source, num_layers)
-    layers = _layers(args.layers, triangle, num_layers)
+    outline = source.outline()
+    layers = _without_stock(outline, _layers(args.layers, triangle, num_layers), named=args.layers is not None)
     chosen = _prompts(args, source, lengths)
     longest = max(len(prompt.sample.prompt) + len(prompt.sample.answer) for prompt in chosen)
     if args.candidates is None:
         given = candidates.published(longest, also=also)
-    needed = measure.needed_bytes(
-        source.config, length=longest, dtype=source.dtype, candidates=given, trust_remote_code=args.trust_remote_code
-    )
+    needed = measure.needed_bytes(outline, length=longest, dtype=source.dtype, candidates=given)
     memory.check(
         needed, length=longest, dtype=source.dtype, device=source.device, what="search", flag="--lengths or --prompts"
     )
-    model = source.model()
-    layers = _without_stock(model, layers, named=args.layers is not None)
     settings = search.Settings(
         model=args.model,
         candidates=tuple(describe(pattern) for pattern in given),
@@ -120,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"vllm-trimix: {'; '.join(kinds)}; up to {needed / 2**30:.1f} GiB on {source.device}", file=sys.stderr)
     with hf_model.Bars() as bars:
         outcome = search.run(
-            model,
+            source.model(),
             settings,
             candidates=given,
             samples=[prompt.sample for prompt in chosen],

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch.nn import ModuleList
 
+from vllm_trimix.config.context import derived_length
 from vllm_trimix.config.layer_types import type_reason
 from vllm_trimix.config.layers import format_layers
 
@@ -145,7 +146,7 @@ def has_window(text: Any, layer: int) -> bool:
         text: A text configuration of transformers.
         layer: A layer that takes its window from there.
     """
-    window, context = layer_value(text, layer, "sliding_window"), getattr(text, "max_position_embeddings", None)
+    window, context = layer_value(text, layer, "sliding_window"), derived_length(text)
     if not isinstance(window, int) or window < 1 or not getattr(text, "use_sliding_window", True):
         return False
     return context is None or window < context

@@ -236,7 +236,7 @@ def _probing(model: Any, recorder: _Recorder) -> Iterator[TriangleAttention]:
     settings = install(model, layers=[], pattern=recorder.pattern)
     settings.prompt_len, settings.attend = recorder.prompt_len, recorder.attend
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    layers = list(hf_layers.layer_list(model))
+    layers, inputs = list(hf_layers.layer_list(model)), None
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
@@ -244,15 +244,21 @@ def _probing(model: Any, recorder: _Recorder) -> Iterator[TriangleAttention]:
         # models want more inputs, and not every model has it.
         for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        model.enable_input_require_grads()
+        inputs = model.get_input_embeddings().register_forward_hook(_differentiable)
         yield settings
     finally:
-        model.disable_input_require_grads()
+        if inputs is not None:
+            inputs.remove()
         for layer in layers:
             layer.__dict__.pop("forward", None)
         for parameter in trainable:
             parameter.requires_grad_(True)
         settings.remove()
+
+
+def _differentiable(module: Any, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+    """The embeddings, where the gradient ends. A copy: some models write into them."""
+    return output.detach().requires_grad_().clone() if torch.is_grad_enabled() else output
 
 
 def mean_scores(samples: Sequence[SectionScores]) -> dict[str, list[list[float]]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from vllm_trimix.hf_attention.layers import check_model, layer_value
 from vllm_trimix.probing.gradient import BLOCK_BYTES, BLOCK_ROWS, BLOCK_TENSORS
 
 # Tensors of the size of the MLP's inner activations, and of the hidden state, while one layer is differentiated.
@@ -13,44 +14,39 @@ _INNER_TENSORS = 6
 _HIDDEN_TENSORS = 12
 
 
-def needed_bytes(config: Any, *, length: int, dtype: torch.dtype, trust_remote_code: bool = False) -> int:
+def needed_bytes(model: Any, *, length: int, dtype: torch.dtype) -> int:
     """Estimate of a probe's peak: a forward pass, one hidden state a layer, and the blocks of one layer's map.
 
     Args:
-        config: The model's configuration, of transformers.
+        model: Of transformers; without its weights is enough.
         length: Longest prompt with its answer, in tokens.
         dtype: Of weights and activations.
-        trust_remote_code: Whether code that comes with the model may be run, to know its weights.
     """
-    text = config.get_text_config()
-    heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    text = model.config.get_text_config()
     hidden = length * text.hidden_size * dtype.itemsize
-    block = BLOCK_ROWS * (heads // kv_heads) * length * BLOCK_BYTES
+    block = BLOCK_ROWS * largest_group(model) * length * BLOCK_BYTES
     return int(
-        forward_bytes(config, length=length, dtype=dtype, trust_remote_code=trust_remote_code)
-        + (text.num_hidden_layers + 1) * hidden
-        + BLOCK_TENSORS * block
+        forward_bytes(model, length=length, dtype=dtype) + (text.num_hidden_layers + 1) * hidden + BLOCK_TENSORS * block
     )
 
 
-def forward_bytes(config: Any, *, length: int, dtype: torch.dtype, trust_remote_code: bool = False) -> int:
+def largest_group(model: Any) -> int:
+    """Query heads that share a KV head, in the layer where most do."""
+    return max(int(getattr(module, "num_key_value_groups", 1)) for module in check_model(model).values())
+
+
+def forward_bytes(model: Any, *, length: int, dtype: torch.dtype) -> int:
     """Estimate of weights and one layer's activations."""
-    text = config.get_text_config()
+    text = model.config.get_text_config()
     hidden = length * text.hidden_size * dtype.itemsize
-    inner = length * getattr(text, "intermediate_size", 4 * text.hidden_size) * dtype.itemsize
-    return weight_bytes(config, dtype, trust_remote_code=trust_remote_code) + int(
-        _HIDDEN_TENSORS * hidden + _INNER_TENSORS * inner
-    )
+    sizes = [layer_value(text, layer, "intermediate_size") for layer in range(text.num_hidden_layers)]
+    inner = length * max(size or 4 * text.hidden_size for size in sizes) * dtype.itemsize
+    return weight_bytes(model, dtype) + int(_HIDDEN_TENSORS * hidden + _INNER_TENSORS * inner)
 
 
-def weight_bytes(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> int:
-    """Of a model of transformers."""
-    # Heavy.
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return sum(p.numel() for p in model.parameters()) * dtype.itemsize
+def weight_bytes(model: Any, dtype: torch.dtype) -> int:
+    """Of a model's parameters."""
+    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
 def available_bytes(device: torch.device) -> int:

@@ -21,7 +21,7 @@ import torch
 from vllm_trimix.patterns.base import DynamicPattern
 from vllm_trimix.patterns.dense import Dense
 from vllm_trimix.patterns.selection import Chunk
-from vllm_trimix.probing.memory import forward_bytes
+from vllm_trimix.probing.memory import forward_bytes, largest_group
 from vllm_trimix.searching.selected import (
     BLOCK_ROWS,
     MAX_SCORES,
@@ -81,29 +81,19 @@ _BLOCK_TENSORS = 6
 _LARGEST = 1e6
 
 
-def needed_bytes(
-    config: Any,
-    *,
-    length: int,
-    dtype: torch.dtype,
-    candidates: Sequence[DynamicPattern],
-    trust_remote_code: bool = False,
-) -> int:
+def needed_bytes(model: Any, *, length: int, dtype: torch.dtype, candidates: Sequence[DynamicPattern]) -> int:
     """Estimate of a search's peak: a forward pass, the candidates' block choices, and one block of rows.
 
     Args:
-        config: The model's configuration, of transformers.
+        model: Of transformers; without its weights is enough.
         length: Longest prompt with its answer, in tokens.
         dtype: Of weights and activations.
         candidates: Patterns.
-        trust_remote_code: Whether code that comes with the model may be run, to know its weights.
     """
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    group = heads // (getattr(text, "num_key_value_heads", None) or heads)
+    group = largest_group(model)
     choices = sum(group * (length // pattern.block_size + 1) ** 2 for pattern in candidates)
     rows = _BLOCK_TENSORS * 4 * min(MAX_SCORES, BLOCK_ROWS * group * length)
-    return forward_bytes(config, length=length, dtype=dtype, trust_remote_code=trust_remote_code) + choices + rows
+    return forward_bytes(model, length=length, dtype=dtype) + choices + rows
 
 
 class _Sums:
