@@ -23,8 +23,11 @@ from vllm_trimix.config.layers import format_layers
 from vllm_trimix.config.resolve import resolve
 from vllm_trimix.hf_attention import layers as hf_layers
 from vllm_trimix.hf_attention import stock as hf_stock
+from vllm_trimix.hf_attention.layers import stock_layers
 from vllm_trimix.hf_attention.stock import Visibility
 from vllm_trimix.patterns.triangle import Triangle
+
+__all__ = ["TriangleAttention", "attend", "dense_mask", "install", "stock_layers", "use_triangle"]
 
 NAME = "vllm_trimix"
 BLOCK_ROWS = 256
@@ -123,7 +126,7 @@ def use_triangle(
 def _check_layers(model: Any, layers: Iterable[int]) -> None:
     """Refuses a set in which no layer can be sparse, and names the layers of any other that stay stock."""
     hf_layers.check_model(model)
-    known = hf_layers.stock_layers(model)
+    known = stock_layers(model)
     stock = {layer: known[layer] for layer in layers if layer in known}
     if stock and len(stock) == len(set(layers)):
         able = [layer for layer in range(hf_layers.num_layers(model)) if layer not in known]
@@ -148,7 +151,7 @@ def install(model: Any, *, layers: Iterable[int], pattern: Triangle) -> Triangle
     settings = TriangleAttention(
         frozenset(layers),
         pattern,
-        hf_layers.stock_layers(model),
+        stock_layers(model),
         model=weakref.ref(model),
         _previous=part.config._attn_implementation,
     )

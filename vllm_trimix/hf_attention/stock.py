@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-_OWN_MASK = "this model computes with its attention mask itself: its attention can't be replaced"
+_OWN_MASK = "the model, or a static cache, computes with the attention mask itself: its attention can't be replaced"
 
 
 # Rows of a mask that are looked at at once.
