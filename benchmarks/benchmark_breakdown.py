@@ -37,7 +37,7 @@ from tqdm import tqdm
 from benchmarks.breakdown.engine import ANSWER_TOKENS
 from benchmarks.breakdown.report import REFUSED_FIX, plot, report
 from benchmarks.environment import environment
-from benchmarks.models import add_model_arguments, check_lengths, prepare_model, read_config
+from benchmarks.models import add_model_arguments, check_lengths, kv_cache_space, prepare_model, read_config
 from benchmarks.serving.configurations import configurations
 from vllm_trimix.config.resolve import resolve
 
@@ -93,6 +93,7 @@ def run_breakdown(
         },
         "rows": [],
     }
+    space = kv_cache_space(model, max(lengths) + ANSWER_TOKENS, arguments=engine_args)
     with tqdm(total=len(lengths) * len(configurations), unit="row") as bar:
         for name, trimix in configurations.items():
             bar.set_description(name)
@@ -104,7 +105,7 @@ def run_breakdown(
                 "stock": trimix is None,
                 "engine_args": _engine_arguments(model, lengths, trimix, engine_args),
             }
-            with contextlib.closing(_rows_of_child(job, output / f"{name}.log", cpus=cpus)) as found:
+            with contextlib.closing(_rows_of_child(job, output / f"{name}.log", cpus=cpus, space=space)) as found:
                 for row in found:
                     result["rows"].append(row)
                     _write(result, output)
@@ -157,11 +158,13 @@ def _engine_arguments(
     return arguments
 
 
-def _rows_of_child(job: dict[str, Any], log: Path, *, cpus: str) -> Generator[dict[str, Any], None, None]:
+def _rows_of_child(
+    job: dict[str, Any], log: Path, *, cpus: str, space: dict[str, str]
+) -> Generator[dict[str, Any], None, None]:
     """Runs one configuration's engine, yielding its rows as they come; its log is kept if it fails."""
     env = {
-        "VLLM_CPU_KVCACHE_SPACE": "2",
         **os.environ,
+        **space,
         # The engine's own thread is what a CPU profile sees, so that the scheduler and the model must share it.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": cpus,

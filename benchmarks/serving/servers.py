@@ -19,6 +19,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from benchmarks.models import kv_cache_space
 from benchmarks.serving.configurations import Configuration
 
 ROOT = Path(__file__).parents[2]
@@ -209,6 +210,7 @@ def serve(
     Raises:
         ServerError: One didn't start in time, died, or does not run what it was asked to.
     """
+    space = kv_cache_space(model, max_model_len, arguments=arguments, engines=len(configurations))
     ports = [choose_port(port + index if port else 0) for index in range(len(configurations))]
     servers: list[Server] = []
     try:
@@ -216,7 +218,7 @@ def serve(
             command = command_line(
                 configuration, model, port=own_port, max_model_len=max_model_len, arguments=arguments
             )
-            servers.append(_start(configuration, command, own_port, directory, cpus=cpus))
+            servers.append(_start(configuration, command, own_port, directory, cpus=cpus, space=space))
         deadline = time.monotonic() + start_timeout
         for server in servers:
             _wait_until_healthy(server, deadline, start_timeout)
@@ -234,10 +236,12 @@ def serve(
             server.leash.communicate()
 
 
-def _start(configuration: Configuration, command: list[str], port: int, directory: Path, *, cpus: str) -> Server:
+def _start(
+    configuration: Configuration, command: list[str], port: int, directory: Path, *, cpus: str, space: dict[str, str]
+) -> Server:
     log = directory / f"{configuration.name}.log"
     log.write_text(" ".join(command) + "\n")
-    env = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": cpus, **os.environ}
+    env = {"VLLM_CPU_OMP_THREADS_BIND": cpus, **os.environ, **space}
     # So that workers find this package's own worker extensions.
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
     if configuration.trimix is None:
