@@ -23,6 +23,7 @@ TIERS = {
     "H": "load and faults",
     "I": "hostile input",
     "J": "another backend selected",
+    "K": "families of models",
 }
 FACTS = ("triangle", "straddling", "cached", "resumed")
 """Whether a case has triangle rows, last rows that straddle a chunk, cached prompt rows, rows of a resumed request."""
