@@ -72,7 +72,7 @@ def preview(model: str, entry: dict[str, Any] | None, flags: list[str]) -> Previ
     unsure = None
     dense, kernel = _planned(resolved)
     try:
-        with _built(whole):
+        with built(whole):
             found = survey(whole, resolved)
             dense, kernel = _composed(whole) or (dense, kernel)
     except Exception as error:
@@ -109,7 +109,7 @@ def _composed(vllm_config: Any) -> tuple[str, str] | None:
 
 
 @contextlib.contextmanager
-def _built(vllm_config: Any) -> Iterator[Any]:
+def built(vllm_config: Any) -> Iterator[Any]:
     """The model, on the meta device: its modules without memory for their weights.
 
     A process that did this can't run a model any more: vLLM keeps rotary embeddings for the next one.

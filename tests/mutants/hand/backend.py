@@ -177,7 +177,20 @@ GROUPS = (
     Group(
         "vllm_trimix/backend/layer_binding.py",
         ("scenario:rows_gathered_or_sliced",),
-        (("layer index off by one", "layer = extract_layer_index(name)", "layer = extract_layer_index(name) + 1"),),
+        (("layer index off by one", "layer = layer_of(name)", "layer = layer_of(name) + 1"),),
+    ),
+    Group(
+        "vllm_trimix/backend/compat.py",
+        ("tests/startup/test_layer_numbers.py",),
+        (
+            ("shared blocks one after the other", "hybrid_layer_ids[block::num_blocks]", "hybrid_layer_ids[block:]"),
+            ("the last number of a name", 'part in name.split(".")', 'part in reversed(name.split("."))'),
+        ),
+    ),
+    Group(
+        "vllm_trimix/backend/settings.py",
+        ("tests/startup/test_layer_numbers.py",),
+        (("a window as long as the context", "int(size) < max_model_len", "int(size) <= max_model_len"),),
     ),
     Group(
         "vllm_trimix/backend/builder.py",

@@ -33,6 +33,6 @@ GROUPS = (
     Group(
         "vllm_trimix/config/entry.py",
         (ADMISSION,),
-        (("fingerprint without the patterns", 'exclude={"dense_backend",', 'exclude={"shallow", "dense_backend",'),),
+        (("fingerprint without the patterns", '"shallow": {"notes"}', '"shallow": True'),),
     ),
 )
