@@ -79,8 +79,8 @@ class EngineAsker:
         self._process = EngineProcess(_ENGINE, job, environment=environment)
         try:
             self.facts = self._process.wait_ready()["ready"]
-        except BaseException:
-            self._process.stop()
+        except BaseException as error:
+            self._process.__exit__(type(error), error, None)
             raise
 
     def __enter__(self) -> EngineAsker:
