@@ -14,7 +14,7 @@ import pytest
 from tests.evaluation import test_run, tokenizers
 from tests.evaluation.test_command import said
 from vllm_trimix.cli import hf_model
-from vllm_trimix.evaluation import askers, lm_eval_ruler
+from vllm_trimix.evaluation import askers, lm_eval_ruler, markdown
 from vllm_trimix.evaluation.answers import Answers
 from vllm_trimix.evaluation.askers import Lost
 from vllm_trimix.evaluation.prompts import Prompts
@@ -258,3 +258,10 @@ def test_arguments_of_answers(arguments: list[str], says: str, circuit: Path, tm
     status, line = said(["eval", "ruler", str(circuit), *small, *arguments])
     assert status == 2, line
     assert says in line
+
+
+def test_the_report_says_how_prompts_were_put() -> None:
+    assert markdown._turns({}) == markdown._turns({"chat_template": False, "chat_template_kwargs": {}}) == ""
+    settings = {"chat_template": True, "chat_template_kwargs": {"thinking": False}, "max_answer_tokens": 512}
+    said = '; as a user\'s turn of the chat template with `{"thinking": false}`; up to 512 tokens an answer'
+    assert markdown._turns(settings) == said

@@ -126,6 +126,7 @@ CHAT = [{"role": "user", "content": "Where?"}]
 FORMS: dict[str, tuple[dict[str, Any], str | list[Any], str]] = {
     "ours": ({"prompt": "Where?", "answer": "here"}, "Where?", "here"),
     "ours, chat": ({"messages": CHAT, "answer": "here"}, CHAT, "here"),
+    "ours, chat, no prompt": ({"prompt": "", "messages": CHAT, "answer": "here"}, CHAT, "here"),
     "no answer": ({"prompt": "Where?"}, "Where?", ""),
     "null answer": ({"prompt": "Where?", "answer": None}, "Where?", ""),
     "several answers": ({"prompt": "Where?", "answer": ["here", "there"]}, "Where?", "here"),

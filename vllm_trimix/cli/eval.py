@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -145,8 +144,8 @@ def run(args: argparse.Namespace) -> int:
         "concurrency": args.concurrency,
         "asked": f"the server at {args.server}" if args.server else "one engine after the other",
     }
-    if settings["chat_template_kwargs"]:
-        _say(f"chat template with {json.dumps(settings['chat_template_kwargs'])} (--chat-template-kwargs)")
+    for words in hf_model.template_words(source.tokenizer, template) if args.chat_template else []:
+        _say(f"{words} (--chat-template-kwargs)")
     _say(f"{', '.join(tasks)} at {', '.join(map(str, lengths))} tokens, {samples} of each; making prompts")
     with hf_model.Bars("prompt") as bars:
         try:

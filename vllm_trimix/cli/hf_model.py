@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm_trimix.cli.arguments import add_tokenizer, add_trust, check_output, check_packages, read_object
 from vllm_trimix.config.context import max_length
-from vllm_trimix.measurement.chat_template import check_arguments
+from vllm_trimix.measurement.chat_template import check_arguments, in_use
 from vllm_trimix.measurement.hardware import cpu_name
 from vllm_trimix.measurement.tokenizers import load_tokenizer
 
@@ -163,6 +165,12 @@ def template_arguments(args: argparse.Namespace, tokenizer: Any) -> dict[str, An
     given = read_object("--chat-template-kwargs", args.chat_template_kwargs)
     check_arguments(tokenizer, given)
     return given
+
+
+def template_words(tokenizer: Any, arguments: Mapping[str, Any]) -> list[str]:
+    """What a report says of the chat template: its arguments, where it takes some."""
+    used = in_use(tokenizer, arguments)
+    return [f"chat template with {json.dumps(used)}"] if used else []
 
 
 def environment(device: Any) -> dict[str, str]:

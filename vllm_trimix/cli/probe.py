@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     )
     args.output.mkdir(parents=True, exist_ok=True)
     saved = Saved(args.output / "progress.json", settings, what="probe")
-    kinds = list(prompts.describe(chosen))
+    kinds = [*prompts.describe(chosen), *hf_model.template_words(source.tokenizer, template)]
     print(f"vllm-trimix: {'; '.join(kinds)}; up to {needed / 2**30:.1f} GiB on {source.device}", file=sys.stderr)
     with hf_model.Bars() as bars:
         outcome = probe.run(

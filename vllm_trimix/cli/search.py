@@ -113,7 +113,10 @@ def run(args: argparse.Namespace) -> int:
     )
     state = args.output / "progress"
     state.mkdir(parents=True, exist_ok=True)
-    kinds = list(prompts.describe(chosen))
+    kinds = [
+        *prompts.describe(chosen),
+        *hf_model.template_words(source.tokenizer, hf_model.template_arguments(args, source.tokenizer)),
+    ]
     print(f"vllm-trimix: {'; '.join(kinds)}; up to {needed / 2**30:.1f} GiB on {source.device}", file=sys.stderr)
     with hf_model.Bars() as bars:
         outcome = search.run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def markdown(evaluation: Evaluation, pictures: Sequence[str]) -> str:
         "",
         f"- {hardware}; {named}; {datetime.date.today().isoformat()}.",
         f"- Prompts {evaluation.prompts}: {evaluation.settings['samples']} of each task and length, seed "
-        f"{evaluation.settings['seed']}; {evaluation.settings['asked']}.",
+        f"{evaluation.settings['seed']}; {evaluation.settings['asked']}{_turns(evaluation.settings)}.",
         "- Differences are to stock vLLM on the same prompts, with their 95% interval (Bonett and Price; Student's for "
         "perplexity). `none seen` is no proof of none: the interval says what is still possible.",
         f"- Times are medians, {evaluation.settings['concurrency']} request(s) at a time; configurations ran one after "
@@ -123,6 +123,14 @@ def _tables(evaluation: Evaluation, configuration: Configuration) -> list[str]:
             cells = ["*mean of tasks*", str(length), "", points(dense), points(mine), interval(by), by.verdict]
             lines.append(f"| {' | '.join(cells + [''] * (len(columns) - len(cells)))} |")
     return [*lines, ""]
+
+
+def _turns(settings: Mapping[str, Any]) -> str:
+    """How they are put, where that isn't the published way."""
+    arguments, room = settings.get("chat_template_kwargs"), settings.get("max_answer_tokens")
+    words = "; as a user's turn of the chat template" if settings.get("chat_template") else ""
+    words += f" with `{json.dumps(arguments)}`" if arguments else ""
+    return words + (f"; up to {room} tokens an answer" if room else "")
 
 
 def _summary(answered: Sequence[Result]) -> str:

@@ -77,8 +77,9 @@ def prompts_of(entry: Entry, path: Path) -> Iterator[Given]:
     body = value["body"] if isinstance(value.get("body"), dict) else value
     answer = _answer({**body, **value})
     turns = next((body[name] for name in _TURNS if _is_turns(body.get(name))), None)
-    if isinstance(body.get("prompt"), str):
-        yield _text(where, body["prompt"], answer)
+    prompt = body.get("prompt")
+    if isinstance(prompt, str) and (prompt.strip() or turns is None):
+        yield _text(where, prompt, answer)
     elif turns is not None:
         yield _conversation(where, turns, answer)
     elif _is_turns(body.get("questions")):
