@@ -161,3 +161,15 @@ def test_the_users_own_choice_wins(free: int, monkeypatch: pytest.MonkeyPatch) -
 def test_prompts_that_do_not_fit_are_refused_before_the_engine_starts(free: int) -> None:
     with pytest.raises(ValueError, match="take shorter prompts, or free some memory"):
         cpu_cache.choose(engine(length=2**20), [])
+
+
+def test_calibration_measures_what_fits(plain: str, free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    job: dict[str, Any] = {"model": plain, "trimix": {"layers": "1"}, "shortest": 256, "longest": 131072}
+    # 2 layers, 2 heads of 16, keys and values of 4 bytes: 512 bytes a token.
+    monkeypatch.setattr(cpu_cache, "_free_memory", lambda: 2 * (2**27 + 512 * 2000))
+    flags = ["--skip-tokenizer-init", "--dtype", "float32"]
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    assert calibration.configure(**job, flags=flags, max_length=None)[1] == {"longest": 1999}
+    assert calibration.configure(**job, flags=flags, max_length=4000)[1] == {"longest": 4000}
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    assert calibration.configure(**job, flags=flags, max_length=None)[1] == {"longest": 4095}

@@ -136,6 +136,33 @@ def test_shipped_presets_are_valid_and_say_where_they_come_from() -> None:
         assert {"source", "date", "measured"} <= provenance.keys()
 
 
+def test_what_a_head_file_does_not_say_is_said(tmp_path: Path) -> None:
+    """Notes reach every process, and are no part of what decides which keys a row sees."""
+    fingerprints, notes = set(), []
+    for number in (8, 100):
+        (tmp_path / "heads.json").write_text(json.dumps([{"0": ["block_sparse", number, 0, 1]}] * 2))
+        raw = {"layers": "1", "shallow": {"heads": str(tmp_path / "heads.json")}}
+        resolved = resolve(raw, model="m", num_layers=2, num_heads=1)
+        assert type(resolved).model_validate_json(resolved.model_dump_json()) == resolved
+        assert resolved.shallow is not None
+        notes.append(resolved.shallow.notes)
+        fingerprints.add(resolved.fingerprint)
+    assert notes[1] == ()
+    assert "block_sparse heads take 100 blocks: MInference's kernel ignores" in notes[0][0]
+    assert len(fingerprints) == 1
+
+
+def test_a_head_files_own_threshold_is_a_default(tmp_path: Path) -> None:
+    heads = {"0": ["vertical_and_slash", 100, 800, 1]}
+    file = {"sparse_attention_config": [heads, heads], "sparse_attention_threshold": 0}
+    (tmp_path / "heads.json").write_text(json.dumps(file))
+    for own, least in (({}, 1), ({"min_seq_len": 9}, 9)):
+        raw = {"layers": "1", "shallow": {"heads": str(tmp_path / "heads.json"), **own}}
+        shallow = resolve(raw, model="m", num_layers=2, num_heads=1).shallow
+        assert shallow is not None
+        assert shallow.min_seq_len == least
+
+
 def test_resolved_settings_survive_json() -> None:
     resolved = run({"layers": "1,3", "stats_log_interval": 0})
     assert type(resolved).model_validate_json(json.dumps(resolved.model_dump(mode="json"))) == resolved

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_trimix.config.kv_cache import cache_bytes, token_bytes
+from vllm_trimix.config.kv_cache import cache_bytes, fitting_tokens, token_bytes
 
 GIB = 2**30
 SPARE = 2**27
@@ -24,3 +24,8 @@ def test_what_does_not_fit_is_refused_with_what_it_takes() -> None:
         ValueError, match=r"131072 tokens takes 16\.1 GiB, and 8\.0 GiB of memory are free; take shorter"
     ):
         cache_bytes(131072, 131072, free=8 * GIB)
+
+
+def test_the_longest_that_fits_leaves_room_for_the_model() -> None:
+    assert fitting_tokens(131072, free=32 * GIB) == (16 * GIB - SPARE) // 131072
+    assert fitting_tokens(131072, free=0) == 0

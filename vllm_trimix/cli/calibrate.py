@@ -109,6 +109,10 @@ def run(args: argparse.Namespace) -> int:
                 raise ValueError(
                     f"--budget: {args.budget:g} minutes were over before the engine was ready; allow more"
                 ) from None
+            if args.max_length is None and ready["longest"] < break_even.LONGEST:
+                _say(
+                    f"prompts of up to {ready['longest']} tokens: what the model takes and memory holds (--max-length)"
+                )
             resolved = Resolved.model_validate(ready["ready"]["resolved"])
             if resolved.shallow is not None:
                 overlay_shallow(entry, resolved, output)

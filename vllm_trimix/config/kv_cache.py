@@ -37,3 +37,8 @@ def cache_bytes(per_token: int, num_tokens: int, *, free: int) -> int:
             "free; take shorter prompts, or free some memory"
         )
     return max(one, min(_PROMPTS * one, free // 4))
+
+
+def fitting_tokens(per_token: int, *, free: int) -> int:
+    """The longest prompt and answer that leave half of the free memory to the weights."""
+    return max(0, free // 2 - _SPARE) // per_token

@@ -9,6 +9,7 @@ from typing import Any
 from vllm import SamplingParams
 
 from vllm_trimix.backend import settings
+from vllm_trimix.backend.engines import cpu_cache
 from vllm_trimix.backend.engines.job import CONTEXT, engine_arguments, serve, takes, usual_length
 from vllm_trimix.backend.names import ENTRY, NAME, RESOLVED
 from vllm_trimix.backend.registration import register_trimix
@@ -52,6 +53,9 @@ def configure(
             limit = max_length + 1
     else:
         limit = served_limit = arguments.max_model_len
+    fitting = None if max_length is not None else cpu_cache.longest_fitting(arguments, flags)
+    if fitting is not None:
+        longest = max(min(longest, fitting - 1), shortest)
     longest = min(longest, limit - 1) if max_length is None else max_length
     if longest > limit - 1:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from vllm.platforms import current_platform
 from vllm.utils.cpu_resource_utils import get_memory_node_info
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
-from vllm_trimix.config.kv_cache import cache_bytes, token_bytes
+from vllm_trimix.config.kv_cache import SPACE, cache_bytes, fitting_tokens, token_bytes
 
 logger = init_logger("vllm.vllm_trimix")
 
@@ -34,6 +35,26 @@ def choose(vllm_config: Any, flags: Sequence[str]) -> None:
     )
     cache.kv_cache_memory_bytes = size
     logger.info("TRIMIX: KV cache of %.2f GiB, for prompts of up to %d tokens", size / 2**30, _longest(vllm_config))
+
+
+def longest_fitting(arguments: Any, flags: Sequence[str]) -> int | None:
+    """Tokens of the longest prompt and answer whose cache leaves room for the model; None where vLLM chooses the cache.
+
+    Args:
+        arguments: The engine's arguments.
+        flags: The user's engine flags.
+    """
+    chosen = arguments.kv_cache_memory_bytes is not None or os.environ.get(SPACE) or any(map(_chooses, flags))
+    if not current_platform.is_cpu() or chosen:
+        return None
+    model = arguments.create_model_config()
+    per_token = token_bytes(
+        num_layers=model.get_total_num_hidden_layers(),
+        num_kv_heads=model.get_total_num_kv_heads(),
+        head_size=model.get_head_size(),
+        itemsize=model.dtype.itemsize,
+    )
+    return fitting_tokens(per_token, free=_free_memory())
 
 
 def _chooses(flag: str) -> bool:
