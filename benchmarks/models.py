@@ -8,10 +8,12 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 
+from vllm_trimix.config.context import max_length
 from vllm_trimix.config.kv_cache import SPACE, cache_bytes, token_bytes
 from vllm_trimix.demo.bench_model import SHAPES, make_bench_model
 
@@ -92,12 +94,14 @@ def check_lengths(lengths: list[int], model: Path, *, answer_tokens: int) -> Non
     Raises:
         ValueError: Naming the length and the limit.
     """
-    limit = read_config(model).get("max_position_embeddings")
+    config = SimpleNamespace(**read_config(model))
+    config.get_text_config = lambda: config
+    limit = max_length(config)
     for length in lengths:
         if length < 1:
             raise ValueError(f"--lengths: {length} is not a prompt length; the least is 1 token")
         if limit is not None and length + answer_tokens > limit:
             raise ValueError(
-                f"--lengths: {length} prompt tokens and {answer_tokens} for the answer exceed the model's {limit} "
-                f"(max_position_embeddings); choose at most {limit - answer_tokens}"
+                f"--lengths: {length} prompt tokens and {answer_tokens} for the answer exceed the model's {limit}; "
+                f"choose at most {limit - answer_tokens}"
             )

@@ -39,3 +39,11 @@ def test_the_users_own_choice_wins(model: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(models.shutil, "which", lambda name: None)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     assert models.kv_cache_space(model, 262144) == {}
+
+
+def test_lengths_are_the_models_own_stretched_ones(model: Path) -> None:
+    rope = {"rope_type": "linear", "factor": 4.0}
+    (model / "config.json").write_text(json.dumps({**CONFIG, "max_position_embeddings": 4096, "rope_scaling": rope}))
+    models.check_lengths([16000], model, answer_tokens=384)
+    with pytest.raises(ValueError, match=r"exceed the model's 16384; choose at most 16000"):
+        models.check_lengths([16001], model, answer_tokens=384)

@@ -103,10 +103,10 @@ def _load_preset(config: TrimixConfig, model: str, model_entry: object) -> tuple
         return preset, f"preset:{name}"
     if model_entry is not None:
         return preset_config(model_entry, "the model's config.json entry 'trimix'"), "model"
-    name = known_id(model)
-    if name is None:
+    known = known_id(model)
+    if known is None:
         return None, "config"
-    return preset_config(find_preset(name), f"preset {quoted(name)}"), f"preset:{name}"
+    return preset_config(find_preset(known), f"preset {quoted(known)}"), f"preset:{known}"
 
 
 def _unknown(model: str, num_layers: int, text_config: Any) -> str:

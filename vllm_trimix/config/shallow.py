@@ -144,9 +144,9 @@ def resolve_shallow(
     try:
         config = ShallowConfig.model_validate(raw)
     except ValidationError as error:
-        found = {str(item["loc"][0]): item for item in error.errors()}
+        wrong = {str(item["loc"][0]): item for item in error.errors()}
         raise ValueError(
-            "; ".join(f"{where}.{key}: {quoted(raw[key])} is not valid: {item['msg']}" for key, item in found.items())
+            "; ".join(f"{where}.{key}: {quoted(raw[key])} is not valid: {item['msg']}" for key, item in wrong.items())
         ) from None
     layers = _layers(config, triangle_layers, num_layers, where)
     own = {key: value for key, value in raw.items() if key not in ShallowConfig.model_fields}
