@@ -1,4 +1,4 @@
-"""However the command ends, its engine ends with it: real engines, asked, loading, and killed under them."""
+"""However the command ends, its engine ends with it: real engines that answer, and one that hangs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.evaluation.conftest import ENGINE_FLAGS
+from vllm_trimix.measurement import stopping
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 120.0
@@ -79,10 +80,70 @@ def test_an_engine_that_answers_ends_with_its_command(
     assert "vt/1500/0" in {json.loads(line).get("sample") for line in answers.read_text().split("\n")[1:-1]}
 
 
-def test_an_engine_that_loads_ends_with_its_command(running: subprocess.Popen[str]) -> None:
-    until(lambda: running.poll() is not None or engine_of(running.pid) is not None, "no engine")
-    engine = engine_of(running.pid)
-    assert engine is not None
-    time.sleep(1)
-    running.kill()
-    until(lambda: living(engine) == [], "an orphan")
+COMMAND = """
+import sys
+from vllm_trimix.cli import main
+from vllm_trimix.measurement.engine_process import EngineProcess
+
+def run(args):
+    with EngineProcess("tests.evaluation.hanging_engine", {}) as engine:
+        engine.wait_ready()
+        print("asked", flush=True)
+        engine.ask({"come": "back"})
+
+class Parser:
+    def parse_known_args(self, *_):
+        return None, []
+
+main.build_parser = lambda _: (Parser(), type("Module", (), {"run": staticmethod(run)}))
+sys.exit(main.main([]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_an_engine_that_hangs_ends_with_its_command(number: signal.Signals, status: int) -> None:
+    """Nobody reads what it would be told, and it has a child that doesn't mind a SIGTERM."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    engine = None
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "asked\n"
+        engine = engine_of(process.pid)
+        assert engine is not None
+        until(lambda: len(living(engine)) == 2, "no child")
+        process.send_signal(number)
+        _, error = process.communicate(timeout=SECONDS)
+        assert process.returncode == status, error
+        until(lambda: living(engine) == [], "an orphan")
+    finally:
+        process.kill()
+        if engine is not None and living(engine):
+            os.killpg(engine, signal.SIGKILL)
+
+
+def test_signals_that_are_ignored_stay_so() -> None:
+    """As under nohup; and afterwards everything is as it was."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        changed = stopping.raise_on_signals()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        with pytest.raises(stopping.Stopped) as stopped:
+            signal.raise_signal(signal.SIGTERM)
+        assert (stopped.value.number, str(stopped.value)) == (15, "SIGTERM")
+        with stopping.held_off():
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+        stopping.restore(changed)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)

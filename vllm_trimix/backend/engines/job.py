@@ -13,13 +13,9 @@ import importlib.metadata
 import json
 import os
 import platform
-import queue
 import re
-import signal
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
@@ -30,14 +26,12 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from vllm_trimix.backend import compat, settings
 from vllm_trimix.backend.engines import cpu_cache
+from vllm_trimix.backend.engines.messages import messages
 from vllm_trimix.backend.names import NAME, RESOLVED
 from vllm_trimix.config.context import derived_length
 
 # A served engine chooses its chunk sizes by this.
 CONTEXT = UsageContext.OPENAI_API_SERVER
-# After the end of input, until everything is ended by force: an idle engine ends by itself, one that loads or computes
-# may not come to that.
-_IDLE_SECONDS, _BUSY_SECONDS = 15.0, 5.0
 
 
 class _Parser(FlexibleArgumentParser):
@@ -61,8 +55,8 @@ def serve(configure: Callable[..., tuple[Any, dict[str, Any]]], answer: Callable
         def reply(message: Any) -> None:
             replies.write(json.dumps(message) + "\n")
 
-        messages = _messages()
-        job = json.loads(next(messages))
+        asked = messages()
+        job = json.loads(next(asked))
         try:
             vllm_config, more = configure(**job)
             cpu_cache.choose(vllm_config, job["flags"])
@@ -71,7 +65,7 @@ def serve(configure: Callable[..., tuple[Any, dict[str, Any]]], answer: Callable
             raise
         engine = LLMEngine.from_vllm_config(vllm_config, usage_context=CONTEXT, disable_log_stats=True)
         reply({"ready": facts(vllm_config), **more})
-        for line in messages:
+        for line in asked:
             reply(answer(engine, json.loads(line)))
         engine.engine_core.shutdown()
 
@@ -84,42 +78,10 @@ def reply(answer: Callable[..., dict[str, Any]]) -> None:
     """
     with os.fdopen(int(sys.argv[1]), "w", buffering=1) as replies:
         try:
-            found = answer(**json.loads(next(_messages())))
+            found = answer(**json.loads(next(messages())))
         except (Exception, SystemExit) as error:
             found = {"error": one_line(error)}
         replies.write(json.dumps(found) + "\n")
-
-
-def _messages() -> Iterator[bytes]:
-    """Lines of stdin, until the command closes it or is no more: then this process and its children end as well.
-
-    A thread of its own reads, so that the end is seen while the engine is loaded or computes.
-    """
-    lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-    waits = threading.Event()
-
-    def read() -> None:
-        unread = b""
-        # Not by sys.stdin, whose lock a waiting thread would hold when the interpreter ends.
-        while chunk := os.read(0, 65536):
-            *whole, unread = (unread + chunk).split(b"\n")
-            for line in whole:
-                lines.put(line)
-        lines.put(None)
-        time.sleep(_IDLE_SECONDS if waits.is_set() else _BUSY_SECONDS)
-        # The group is this process's own (EngineProcess); by hand it may be a shell's.
-        if os.getpgrp() == os.getpid():
-            os.killpg(os.getpgrp(), signal.SIGKILL)
-        os._exit(1)
-
-    threading.Thread(target=read, daemon=True).start()
-    while True:
-        waits.set()
-        line = lines.get()
-        if line is None:
-            return
-        waits.clear()
-        yield line
 
 
 def usual_length(arguments: Any) -> int:
