@@ -128,6 +128,16 @@ def test_a_template_that_refuses_to_be_switched_off() -> None:
     assert render(tokenizer, QUESTION, where="here").text.endswith("[assistant]<think>\n\n</think>\n\n")
 
 
+def test_what_is_switched_off_in_vain_is_closed() -> None:
+    tokenizer = characters("{{ enable_thinking }}" + TURNS + ASK.replace("%s", "<think>\n"))
+    for given in ({}, {"enable_thinking": False}):
+        rendered = render(tokenizer, QUESTION, where="here", arguments=given)
+        assert rendered.text.endswith("<think>\n\n</think>\n\n")
+        assert thought_end(tokenizer, given) is None
+    with pytest.raises(ValueError, match="stand inside a thought"):
+        render(tokenizer, QUESTION, where="here", arguments={"enable_thinking": True})
+
+
 def test_arguments_that_nothing_reads_are_refused() -> None:
     tokenizer = characters(TURNS + "{{ date }}{% generation %}{% endgeneration %}")
     check_arguments(tokenizer, {"date": "today"})

@@ -61,10 +61,8 @@ def in_use(tokenizer: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def thought_end(tokenizer: Any, arguments: Mapping[str, Any]) -> str | None:
     """What ends the thoughts that the user's arguments ask for; None where they ask for none."""
-    source = _source(tokenizer)
-    off = thoughts.off(source) if source else {}
-    asked = {name for name in arguments if source and name in thoughts.switches(source)}
-    if all(name in off and arguments[name] == off[name] for name in asked):
+    asked = _asking(tokenizer, arguments)
+    if not asked:
         return None
     turns = [{"role": "user", "content": "a"}]
     applied = _apply(tokenizer, turns, dict(arguments), "--chat-template-kwargs")
@@ -115,7 +113,7 @@ def render(
     if thought is not None:
         # It may be in what the user wrote.
         thought = thoughts.open_thought(text, _tail(tokenizer, applied))
-    if thought is not None and given.keys() & thoughts.switches(_source(tokenizer)):
+    if thought is not None and _asking(tokenizer, given):
         if answered:
             raise ValueError(
                 f"{where}: with {json.dumps(given)} the chat template ends in {thought.tag}: the answer would stand "
@@ -224,6 +222,17 @@ def _source(tokenizer: Any) -> str:
     except ValueError:
         # Several, none of them the default: rendering says so.
         return ""
+
+
+def _asking(tokenizer: Any, given: Mapping[str, Any]) -> set[str]:
+    """Those of the user's arguments that let the model think."""
+    source = _source(tokenizer)
+    if not source:
+        return set()
+    off = thoughts.off(source)
+    return {
+        name for name in given if name in thoughts.switches(source) and (name not in off or given[name] != off[name])
+    }
 
 
 def _known(tokenizer: Any) -> frozenset[str]:
