@@ -76,8 +76,9 @@ class FlexPrefill(OneKind):
         k_means = block_means(chunk.k, tiles.block_size)
         pooled = _query_aware(chunk, tiles, k_means[:, : tiles.num_blocks], gamma)
         trusts = _distance(chunk, k_means, columns, tiles.block_size) < tau
-        least = per_head(tuple(head.min_budget for head in heads), device)
-        most = per_head(tuple(head.max_budget or EVERYTHING for head in heads), device)
+        # Whole numbers: 0 and 0.0 are one key of the cache.
+        least = per_head(tuple(head.min_budget for head in heads), device).long()
+        most = per_head(tuple(head.max_budget or EVERYTHING for head in heads), device).long()
 
         def bounded(counts: torch.Tensor) -> torch.Tensor:
             return torch.where(trusts, least, counts.clamp(least, most))
