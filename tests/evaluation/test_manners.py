@@ -248,7 +248,7 @@ def test_a_model_without_weights_is_told_before_prompts_are_made(command: str, t
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--chat-template-kwargs", '{"a": 1}', "--chat-template"], "the chat template reads no 'a'; it reads "),
+        (["--chat-template-kwargs", '{"a": 1}', "--chat-template"], "the chat template takes no 'a'; it takes "),
         (["--max-answer-tokens", "0"], "'0' is not a whole number above 0"),
         (["--max-answer-tokens", "131072"], "--lengths: 1000 tokens: "),
     ],

@@ -53,7 +53,7 @@ def test_another_tokenizer_is_taken(command: list[str], bare: Path, tmp_path: Pa
 
 def test_arguments_must_be_an_object(bare: Path, tmp_path: Path) -> None:
     characters("{{ messages }}").save_pretrained(bare)
-    for value, says in (("[1]", "'[1]' is no JSON object"), ("{", "'{' is not JSON"), ('{"a": 1}', "reads no 'a'")):
+    for value, says in (("[1]", "'[1]' is no JSON object"), ("{", "'{' is not JSON"), ('{"a": 1}', "takes no 'a'")):
         status, line = said(["probe", str(bare), "--chat-template-kwargs", value, "--output", str(tmp_path)])
         assert status == 2
         assert line.startswith("--chat-template-kwargs: ")

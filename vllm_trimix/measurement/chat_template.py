@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 from vllm_trimix.measurement import thoughts
 from vllm_trimix.measurement.messages import SYSTEM, Message, as_texts, variants
 
-# What rendering itself sets.
-_RESERVED = frozenset({"messages", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template"})
-
+# What rendering itself sets, the tokenizer's special tokens, and functions.
+_RESERVED = frozenset(
+    "messages add_generation_prompt continue_final_message tokenize chat_template bos_token eos_token unk_token "
+    "pad_token sep_token cls_token mask_token raise_exception strftime_now".split()
+)
 # Stands for a text whose place is looked for; the longest that templates write behind it, in characters.
 _MARK = "7302651948"
 _LONGEST_TAIL = 1000
@@ -48,7 +50,7 @@ def check_arguments(tokenizer: Any, arguments: Mapping[str, Any], *, flag: str =
     unknown = [name for name in arguments if name not in known]
     if unknown:
         raise ValueError(
-            f"{flag}: the chat template reads no {', '.join(map(repr, unknown))}; it reads "
+            f"{flag}: the chat template takes no {', '.join(map(repr, unknown))}; it takes "
             f"{', '.join(sorted(known)) or 'no argument'}"
         )
 
