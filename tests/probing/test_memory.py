@@ -10,9 +10,11 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from tests.probing.families import config_of, toy
 from vllm_trimix.cli.hf_model import share_trust
 from vllm_trimix.patterns.dense import Dense
 from vllm_trimix.probing import memory
+from vllm_trimix.probing.loading import outline
 from vllm_trimix.searching import measure
 
 CONFIGURATION = """
@@ -47,13 +49,26 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_trust_reaches_the_estimates(config: Any) -> None:
-    wanted: dict[str, Any] = {"length": 16, "dtype": torch.float32}
     # First: transformers remembers code that was trusted.
     with pytest.raises(ValueError, match="trust_remote_code"):
-        memory.needed_bytes(config, **wanted)
-    assert memory.weight_bytes(config, torch.float32, trust_remote_code=True) == 8 * 32 * 4
-    assert memory.needed_bytes(config, **wanted, trust_remote_code=True) > 8 * 32 * 4
-    assert measure.needed_bytes(config, **wanted, candidates=[Dense()], trust_remote_code=True) > 8 * 32 * 4
+        outline(config)
+    assert memory.weight_bytes(outline(config, trust_remote_code=True), torch.float32) == 8 * 32 * 4
+
+
+@pytest.mark.parametrize(
+    ("family", "group", "inner"),
+    [("llama", 2, 96), ("gemma4_text", 2, 96), ("gemma3n_text", 2, 96), ("qwen3_next", 2, 96), ("gpt2", 1, 256)],
+)
+def test_estimates_take_each_layers_own_sizes(family: str, group: int, inner: int) -> None:
+    """Layers may differ in heads and in the MLP: the largest counts."""
+    model = outline(config_of(family))
+    weights = memory.weight_bytes(model, torch.bfloat16)
+    assert weights == 2 * sum(parameter.numel() for parameter in toy(config_of(family)).parameters())
+    assert memory.largest_group(model) == group
+    wanted: dict[str, Any] = {"length": 1000, "dtype": torch.bfloat16}
+    assert memory.forward_bytes(model, **wanted) > weights + 2 * 1000 * inner
+    assert memory.needed_bytes(model, **wanted) > memory.forward_bytes(model, **wanted)
+    assert measure.needed_bytes(model, **wanted, candidates=[Dense()]) > memory.forward_bytes(model, **wanted)
 
 
 @pytest.mark.parametrize(

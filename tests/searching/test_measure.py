@@ -11,15 +11,19 @@ from typing import Any
 import pytest
 import torch
 
+from tests.probing.families import config_of, toy
 from tests.probing.models import FAMILIES, tiny, tokens
 from tests.searching.patterns import PATTERNS, Inputs, inputs
+from vllm_trimix import hf_attention
+from vllm_trimix.hf_attention import install, stock_layers
 from vllm_trimix.hf_attention.layers import attention_layers
 from vllm_trimix.kernels.sparse_index import build_index
 from vllm_trimix.patterns.base import DynamicPattern
+from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.searching import measure as measure_module
 from vllm_trimix.searching import selected
 from vllm_trimix.searching.measure import Measured, measure, output_weight
-from vllm_trimix.searching.model import measure_prompt
+from vllm_trimix.searching.model import measure_prompt, output_weights
 from vllm_trimix.searching.selected import Rule, chunks, select
 
 ROOT = Path(__file__).parents[2]
@@ -140,6 +144,32 @@ def test_every_familys_projection_is_found(name: str) -> None:
     assert output_weight(module, num_heads=4, head_size=size, hidden_size=64) is None
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma4_text", "zamba2", "laguna", "minicpm3", "falcon_h1"])
+def test_the_output_projection_of_other_families(family: str) -> None:
+    """Conv1D keeps its matrix the other way round; heads, their sizes and those of values are each layer's own."""
+    model = toy(config_of(family))
+    stock, weights, seen = stock_layers(model), output_weights(model), {}
+    settings = install(model, layers=[], pattern=Triangle())
+
+    def attend(q: Any, k: Any, v: Any, *, layer: int, **rule: Any) -> Any:
+        seen[layer] = q.shape[1], v.shape[3]
+        return hf_attention.attend(q, k, v, **rule)
+
+    settings.attend = attend
+    with torch.no_grad():
+        model(tokens(9))
+    assert sorted(seen) == sorted(weights.keys() - stock.keys())
+    for layer, (heads, size) in seen.items():
+        weight = weights[layer]
+        assert weight is not None
+        assert weight.shape == (64, heads, size)
+        module = attention_layers(model)[layer]
+        child = next(getattr(module, name) for name in ("o_proj", "c_proj", "dense") if hasattr(module, name))
+        outputs = torch.randn(heads, size)
+        bias = 0 if getattr(child, "bias", None) is None else child.bias
+        assert torch.allclose(torch.einsum("nhd,hd->n", weight, outputs), child(outputs.flatten()) - bias, atol=1e-4)
+
+
 def test_the_model_stays_dense_and_is_left_as_it_was() -> None:
     model, ids = tiny("qwen3"), tokens(150)
     with torch.no_grad():
@@ -163,7 +193,7 @@ torch.set_num_threads(1)
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm_trimix.searching import selected
 from vllm_trimix.searching.candidates import published
-from vllm_trimix.searching.model import measure_prompt
+from vllm_trimix.searching.model import measure_prompt, output_weights
 # Blocks of rows that are small beside what must not grow: a map of one head would be 256 MiB.
 selected.MAX_SCORES = 2**18
 config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,

@@ -113,9 +113,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _say(outcome: Any, preset: Path, folder: Path) -> int:
     # Heavy: PyTorch.
-    from vllm_trimix.probing.report import stock_sentence
+    from vllm_trimix.probing.report import count, stock_sentence
 
-    print(f"triangle layers: {format_layers(outcome.chosen)} ({len(outcome.chosen)} of {len(outcome.importance)})")
+    print(f"triangle layers: {format_layers(outcome.chosen)} ({count(outcome)})")
     if outcome.stock:
         print(stock_sentence(outcome.stock))
     print(f"report: {folder / 'report.md'}")

@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     lengths, also = _check(args)
     hf_model.check_surroundings(args)
     # Heavy: PyTorch.
+    from vllm_trimix import hf_attention
     from vllm_trimix.patterns.registry import describe
     from vllm_trimix.probing import memory, prompts
     from vllm_trimix.searching import candidates, measure, report, search
@@ -87,9 +88,9 @@ def run(args: argparse.Namespace) -> int:
     if args.candidates is not None:
         given = candidates.read(args.candidates)
     source = hf_model.find(args)
-    num_layers = source.config.get_text_config().num_hidden_layers
-    triangle = _triangle_layers(source, num_layers)
     outline = source.outline()
+    num_layers = hf_attention.layers.num_layers(outline)
+    triangle = _triangle_layers(source, num_layers)
     layers = _without_stock(outline, _layers(args.layers, triangle, num_layers), named=args.layers is not None)
     chosen = _prompts(args, source, lengths)
     longest = max(len(prompt.sample.prompt) + len(prompt.sample.answer) for prompt in chosen)

@@ -225,7 +225,7 @@ def _forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Registered with ``AttentionInterface``: [batch, heads, rows, head_size] to [batch, rows, heads, head_size]."""
-    settings, layer = getattr(module, "trimix", (None, None))
+    settings, layer = getattr(module, "trimix", (None, -1))
     rows, first = query.shape[2], key.shape[2] - query.shape[2]
     plain = attention_mask is None
     if isinstance(attention_mask, Visibility):

@@ -19,8 +19,17 @@ NO_ATTENTION = "no_attention"
 
 
 def num_layers(model: Any) -> int:
-    """Layers of the model's text part."""
-    return int(model.config.get_text_config().num_hidden_layers)
+    """Layers of the model's text part.
+
+    Raises:
+        ValueError: Its configuration doesn't say.
+    """
+    found = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if found is None:
+        raise ValueError(
+            f"{type(model).__name__}: its attention can't be replaced: its configuration has no num_hidden_layers"
+        )
+    return int(found)
 
 
 def text_part(model: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import __version__ as transformers_version
 
 
 def model_class(config: Any) -> Any:
@@ -47,9 +48,25 @@ def outline(config: Any, **load: Any) -> Any:
     Raises:
         ValueError: No class for it, or a package that it needs is missing.
     """
+    auto = model_class(config)
     try:
         with torch.device("meta"):
-            return model_class(config).from_config(config, **load)
+            return auto.from_config(config, **load)
     except ImportError as error:
-        # Those of transformers begin with an empty line.
-        raise ValueError(f"{config.model_type}: {str(error).strip().splitlines()[0]}") from None
+        raise ValueError(f"{config.model_type}: {_first_line(error)}") from None
+    except ValueError:
+        raise
+    except Exception as error:
+        if not getattr(config, "auto_map", None):
+            raise
+        # The model's own code, often written for another version of transformers: whatever it raises.
+        raise ValueError(
+            f"{config.model_type}: the code that comes with the model doesn't run with transformers "
+            f"{transformers_version}: {type(error).__name__}: {_first_line(error)}"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    # Those of transformers begin with an empty line.
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else "no message"

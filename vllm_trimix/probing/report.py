@@ -73,13 +73,13 @@ def preset_of(outcome: Outcome, environment: dict[str, str], prompts: list[str])
 
 def markdown(outcome: Outcome, environment: dict[str, str], prompts: list[str], command: str) -> str:
     """The report."""
-    pattern, k = outcome.settings.pattern, len(outcome.chosen)
+    pattern = outcome.settings.pattern
     versions = ", ".join(f"{name} {value}" for name, value in environment.items() if name != "device")
     dense = statistics.fmean(outcome.correct["importance"][:1])
     lines = [
         f"# Layer probe of {outcome.settings.model}",
         "",
-        f"**Triangle layers: {format_layers(outcome.chosen)}** ({k} of {len(outcome.importance)}).",
+        f"**Triangle layers: {format_layers(outcome.chosen)}** ({count(outcome)}).",
         "",
         f"- Pattern: n_init {pattern.n_init}, n_local {pattern.n_local}, last_n {pattern.last_n}.",
         f"- Prompts: {'; '.join(prompts)}; half of them held out for the choice.",
@@ -102,6 +102,13 @@ def markdown(outcome: Outcome, environment: dict[str, str], prompts: list[str], 
     lines += ["![importance](importance.png)", "", "![quality](quality.png)", "", *_layer_table(outcome), ""]
     lines += [*_quality_table(outcome), ""]
     return "\n".join(lines)
+
+
+def count(outcome: Outcome) -> str:
+    """How many layers are chosen, of how many."""
+    layers = len(outcome.importance)
+    able = f"{layers - len(outcome.stock)} that can be, in a model of " if outcome.stock else ""
+    return f"{len(outcome.chosen)} of {able}{layers}"
 
 
 def stock_sentence(stock: dict[int, str]) -> str:
