@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
 from tests.evaluation import test_run, tokenizers
 from tests.evaluation.test_command import said
@@ -235,6 +236,19 @@ def test_what_would_fail_at_the_end_fails_first(
     assert status == 2
     extra = "eval" if command[0] == "eval" else "probe"
     assert line == f"this command needs matplotlib, not installed here: pip install 'vllm-trimix[{extra}]'"
+
+
+def test_nothing_to_ask_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(askers, "_ENGINE", "no.such.module")
+    LlamaConfig(num_hidden_layers=2, num_attention_heads=2, hidden_size=64).save_pretrained(tmp_path / "model")
+    tokenizers.english().save_pretrained(tmp_path / "model")
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else real(name))
+    layers = ["--trimix", '{"starting_layer": 1}', "--lengths", "1024", "--output", str(tmp_path / "out")]
+    status, line = said(["eval", "ruler", str(tmp_path / "model"), "--tasks", "vt,cwe", *layers])
+    assert status == 2
+    assert line.startswith("none of vt, cwe can be asked here: RULER's tasks need lm_eval")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("command", ["probe", "search"])

@@ -159,6 +159,9 @@ def run(args: argparse.Namespace) -> int:
             print(*died.last_lines, sep="\n", file=sys.stderr)
             print(f"vllm-trimix: error: {died}", file=sys.stderr)
             return 1
+    if not outcome.samples:
+        reasons = "; ".join(dict.fromkeys(prompts.unavailable.values()))
+        raise ValueError(f"none of {', '.join(tasks)} can be asked here: {reasons}")
     return _finish(args, folder, suite.name, settings, configurations, prompts, answers, outcome)
 
 
