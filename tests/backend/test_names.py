@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from vllm_trimix.backend import settings
-from vllm_trimix.backend.names import misnamed_entry
+from vllm_trimix.backend.names import OWN_KEYS, misnamed_entry, misplaced
+from vllm_trimix.config.entry import TrimixConfig
 
 ENTRY = {"starting_layer": 16}
 MEANT = [
@@ -55,3 +56,11 @@ def test_keys_without_their_entry_are_told_where_they_belong() -> None:
     assert str(refused.value).endswith('{"trimix": {"starting_layer": 16, "n_local": 64}}')
     settings._check_place({"trimix": {}, "layers": 3})
     settings._check_place({"other": 1})
+
+
+def test_without_trimix_only_what_is_surely_meant_for_it_gets_a_line() -> None:
+    assert set(OWN_KEYS) < TrimixConfig.model_fields.keys()
+    assert misplaced({"other": 1, "n_local": 64, "starting_layer": 16}) == "starting_layer"
+    assert misplaced({"TRIMIX": ENTRY}) == "TRIMIX"
+    for additional in ({"layers": 3, "preset": "fast"}, {"trimix": ENTRY, "n_local": 1}, {}, None, "starting_layer"):
+        assert misplaced(additional) is None

@@ -21,6 +21,9 @@ DENSE_KEY = "trimix_dense"
 """Stamped by admission, read by workers; users may not set it."""
 
 
+OWN_KEYS = ("starting_layer", "n_init", "n_local", "last_n", "min_prompt_len", "stats_log_interval", "shallow")
+"""Of the entry; those that no other plugin's configuration is likely to have."""
+
 _MEANT = ("trimix", "trianglemix", "vllmtrimix")
 # No one's key is longer, and a hostile one is not worth comparing.
 _MAX_KEY = 40
@@ -38,6 +41,13 @@ def misnamed_entry(additional: Any) -> str | None:
         if difflib.get_close_matches(letters, _MEANT, n=1, cutoff=0.8):
             return key
     return None
+
+
+def misplaced(additional: Any) -> str | None:
+    """A key of ``additional_config`` that was meant for this backend, where it reads nothing, or None."""
+    if not isinstance(additional, dict) or ENTRY in additional or RESOLVED in additional:
+        return None
+    return misnamed_entry(additional) or next((key for key in OWN_KEYS if key in additional), None)
 
 
 def uses_trimix(vllm_config: Any) -> bool:

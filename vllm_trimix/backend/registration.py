@@ -10,7 +10,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 # Nothing else of this package: a process with another backend pays for what is imported here.
 from vllm_trimix.backend import compat
-from vllm_trimix.backend.names import CLASS_PATH, ENTRY, NAME, RESOLVED, misnamed_entry, uses_trimix
+from vllm_trimix.backend.names import CLASS_PATH, ENTRY, NAME, RESOLVED, misplaced, uses_trimix
 
 # Under vLLM's logger namespace, so that its handlers and level apply.
 logger = init_logger("vllm.vllm_trimix")
@@ -74,9 +74,9 @@ def _checked_config(original: Callable[..., Any]) -> Callable[..., Any]:
                 "additional_config has a 'trimix' entry, but the attention backend is not TRIMIX; it is ignored. "
                 "Add --attention-backend TRIMIX to use it."
             )
-        elif (name := misnamed_entry(vllm_config.additional_config)) is not None:
+        elif (name := misplaced(vllm_config.additional_config)) is not None:
             logger.warning_once(
-                "additional_config.%s: TRIMIX doesn't read it: its entry is called 'trimix', and needs "
+                "additional_config.%s: TRIMIX doesn't read it there: it reads the entry 'trimix', and needs "
                 "--attention-backend TRIMIX.",
                 name,
             )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from vllm_trimix.config.context import derived_length, max_length
+from vllm_trimix.config.kv_cache import SPACE, fitting_tokens, token_bytes
 from vllm_trimix.measurement.engine_process import EngineDied, EngineProcess
 
 _ENGINE = "vllm_trimix.backend.engines.limits"
@@ -22,6 +24,9 @@ _FLAGS = (
     "--config",
 )
 
+# By these the user chooses the KV cache.
+_CACHE_FLAGS = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")
+
 
 class Limit(NamedTuple):
     """How long prompt and answer may be together, in tokens.
@@ -29,10 +34,13 @@ class Limit(NamedTuple):
     Attributes:
         longest: What is taken when it is asked for; None: anything.
         usual: What is taken by itself; None where nothing says so.
+        held: What a KV cache in this machine's memory holds beside the model; None where a GPU computes, or the user
+            has chosen the cache.
     """
 
     longest: int | None
     usual: int | None
+    held: int | None = None
 
     def less(self, tokens: int) -> Limit:
         """What is left of it beside as many tokens."""
@@ -53,15 +61,41 @@ def find(args: argparse.Namespace, config: Any, wanted: Sequence[int]) -> Limit:
     here = Limit(max_length(config), derived_length(config))
     if args.server:
         return _served(args.server, args.served) or here
+    held = _held(config, args.flags)
     if not any(_decides(flag) for flag in args.flags):
-        return here
+        return here._replace(held=held)
     job = {"model": args.model, "flags": args.flags, "lengths": sorted(wanted)}
     with EngineProcess(_ENGINE, job) as engine:
         try:
             found = engine.wait_ready()
         except EngineDied as died:
             raise ValueError(str(died)) from None
-    return Limit(found["longest"], found["usual"])
+    return Limit(found["longest"], found["usual"], held)
+
+
+def _held(config: Any, flags: Sequence[str]) -> int | None:
+    if os.environ.get(SPACE) or any(flag.replace("_", "-").startswith(_CACHE_FLAGS) for flag in flags):
+        return None
+    # Heavy.
+    import psutil
+    import torch
+
+    if torch.accelerator.is_available():
+        return None
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_size = getattr(text, "head_dim", None) or (text.hidden_size // heads if isinstance(heads, int) else None)
+    if not isinstance(kv_heads, int) or not isinstance(head_size, int):
+        # Layers that differ: vLLM alone knows.
+        return None
+    per_token = token_bytes(
+        num_layers=text.num_hidden_layers,
+        num_kv_heads=kv_heads,
+        head_size=head_size,
+        itemsize=(getattr(config, "dtype", None) or torch.float32).itemsize,
+    )
+    return fitting_tokens(per_token, free=psutil.virtual_memory().available)
 
 
 def _decides(flag: str) -> bool:

@@ -104,10 +104,15 @@ def lengths(asked: str | None, default: Sequence[int], limit: Limit, model: str)
         ValueError: No length, or more than is taken.
     """
     if asked is None:
-        fitting = tuple(length for length in default if limit.usual is None or length <= limit.usual)
-        if len(fitting) < len(default):
-            dropped = ", ".join(str(length) for length in default if length not in fitting)
-            _say(f"left out {dropped} tokens: {model} takes {limit.usual}")
+        fitting = tuple(default)
+        for most, why in (
+            (limit.usual, f"{model} takes {limit.usual}"),
+            (limit.held, f"the memory that is free holds a KV cache for {limit.held}; --lengths asks them anyway"),
+        ):
+            dropped = [str(length) for length in fitting if most is not None and length > most]
+            if dropped:
+                _say(f"left out {', '.join(dropped)} tokens: {why}")
+                fitting = tuple(length for length in fitting if str(length) not in dropped)
         # A model of short prompts is asked as long ones as it takes.
         return fitting or (int(limit.usual or default[0]),)
     found = []
