@@ -224,7 +224,7 @@ def test_a_refusal_that_stays_is_told() -> None:
     assert render(several, QUESTION, where="here").text.endswith("<think>")
 
 
-def test_a_mistral_tokenizer_alone(tmp_path: Path) -> None:
+def test_a_mistral_tokenizer_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """``tekken.json`` is all there is: no template, and control tokens that no text can say."""
     found = importlib.util.find_spec("mistral_common")
     if found is None or found.submodule_search_locations is None:
@@ -241,6 +241,7 @@ def test_a_mistral_tokenizer_alone(tmp_path: Path) -> None:
     assert [token for token in tokens if token in control] == control
     assert tokens[0] == tokenizer.bos_token_id
     (prompt,) = prompts.generate(tokenizer, length=1500, count=1, seed=0)
+    assert "[transformers]" not in capsys.readouterr().err
     assert prompt.sample.prompt[-1] == control[1]
     assert 1400 < len(prompt.sample.prompt) <= 1500
     with pytest.raises(ValueError, match="refuses it"):

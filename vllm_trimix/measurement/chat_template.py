@@ -202,12 +202,12 @@ def _tail(tokenizer: Any, applied: _Applied) -> str:
 def _mistral(tokenizer: Any, messages: list[Message], given: dict[str, Any], prefix: str, where: str) -> Rendered:
     """By Mistral's own tokenizer, whose control tokens no text can say."""
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **given)
         tokens = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **given)
     except Exception as error:
         raise ValueError(f"{where}: the tokenizer's chat template refuses it: {_first_line(error)}") from None
     more = tokenizer(prefix, add_special_tokens=False).input_ids if prefix else []
-    return Rendered(text + prefix, [*tokens, *more])
+    # For people to read: asked for the text itself, it warns each time.
+    return Rendered(str(tokenizer.decode(tokens)) + prefix, [*tokens, *more])
 
 
 def _is_mistral(tokenizer: Any) -> bool:
