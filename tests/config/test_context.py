@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, Gemma3TextConfig, GPT2Config, LlamaConfig, MptConfig, Phi3Config, PreTrainedConfig
 
+from vllm_trimix.cli.hf_model import within
 from vllm_trimix.config.context import ALLOW_LONG, derived_length, max_length
 
 THETA = {"rope_theta": 1e6}
@@ -111,3 +112,12 @@ def test_vllms_variable_lifts_the_limit(monkeypatch: pytest.MonkeyPatch, value: 
     monkeypatch.setenv(ALLOW_LONG, value)
     assert max_length(llama()) == limit
     assert derived_length(llama()) == 4096
+
+
+def test_default_lengths_of_prompts_are_made_to_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert within([8192], None, flag="--length", is_default=True) == [8192]
+    assert within([4096, 8192], 8192, flag="--lengths", is_default=False) == [4096, 8192]
+    assert within([8192], 4096, flag="--length", is_default=True) == [3840]
+    assert "--length: 3840 instead of 8192 tokens: the model takes 4096" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--length: 8192 tokens: the model takes 4096; take shorter prompts"):
+        within([8192], 4096, flag="--length", is_default=False)

@@ -6,6 +6,7 @@ import argparse
 import json
 import platform
 import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,6 +123,28 @@ def describe(model: str, *, trust_remote_code: bool, tokenizer: str | None = Non
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
     return Description(config, tokenizer, max_length(config))
+
+
+def within(lengths: list[int], limit: int | None, *, flag: str, is_default: bool) -> list[int]:
+    """Lengths of generated prompts that the model takes; a default that is too long is replaced, with a word.
+
+    Args:
+        lengths: In tokens.
+        limit: What the model takes, or None.
+        flag: The setting that names them.
+        is_default: Whether nobody has chosen them.
+
+    Raises:
+        ValueError: Longer than the limit.
+    """
+    if limit is None or max(lengths) <= limit:
+        return lengths
+    if not is_default:
+        raise ValueError(f"{flag}: {max(lengths)} tokens: the model takes {limit}; take shorter prompts")
+    # The answer needs room as well.
+    shorter = limit - limit // 16
+    print(f"vllm-trimix: {flag}: {shorter} instead of {max(lengths)} tokens: the model takes {limit}", file=sys.stderr)
+    return [shorter]
 
 
 def find(args: argparse.Namespace) -> Source:

@@ -61,8 +61,9 @@ def run(args: argparse.Namespace) -> int:
     probe.check_layers(outline)
     limit, tokenizer = source.max_length, source.tokenizer
     template = hf_model.template_arguments(args, tokenizer)
-    if args.prompts is None and limit is not None and args.length > limit:
-        raise ValueError(f"--length: {args.length} tokens: the model takes {limit}; take shorter prompts")
+    if args.prompts is None:
+        is_default = args.length == args.parser.get_default("length")
+        [args.length] = hf_model.within([args.length], limit, flag="--length", is_default=is_default)
     if args.prompts is not None:
         chosen = prompts.read(args.prompts, tokenizer, template_arguments=template)
     else:

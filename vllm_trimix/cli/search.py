@@ -220,8 +220,9 @@ def _prompts(args: argparse.Namespace, source: hf_model.Source, lengths: list[in
     tokenizer, limit = source.tokenizer, source.max_length
     template = hf_model.template_arguments(args, tokenizer)
     lines = args.prompts is not None and prompt_files.is_json(args.prompts)
-    if not lines and limit is not None and max(lengths) > limit:
-        raise ValueError(f"--lengths: {max(lengths)} tokens: the model takes {limit}; take shorter prompts")
+    if not lines:
+        is_default = args.lengths == args.parser.get_default("lengths")
+        lengths = hf_model.within(lengths, limit, flag="--lengths", is_default=is_default)
     if args.prompts is None:
         chosen = []
         for length in lengths:
