@@ -110,6 +110,11 @@ def test_the_locale_decides_nothing(tmp_path: Path) -> None:
         (b'{"prompt": ["a", "b"]}', "found the fields 'prompt' (a list)"),
         (b'{"conversations": [{"from": "ghost", "value": "boo"}]}', "message 1 is from 'ghost'; known are human"),
         (b"{}", "found no field"),
+        (b'{"question": "Where?", "context": {"pages": [1]}}', "'context' (an object)"),
+        (
+            json.dumps({"question": "Where?", "chapter": "It was. " * 100}).encode(),
+            "'chapter', a text of 800 characters, would be left out of the prompt",
+        ),
     ],
 )
 def test_what_is_wrong_is_told_with_file_and_line(content: bytes, says: str, tmp_path: Path) -> None:
@@ -204,6 +209,24 @@ FORMS: dict[str, tuple[dict[str, Any], str | list[Any], str]] = {
         "A book.\n\nWhere?",
         "here",
     ),
+    "Dolly": ({"instruction": "Where?", "context": "A book.", "response": "here"}, "Where?\n\nA book.", "here"),
+    "HotpotQA": (
+        {"question": "Where?", "context": [["Title", ["One. ", "Two."]], ["Other", ["Three."]]], "answer": "here"},
+        "Title\nOne. \nTwo.\n\nOther\nThree.\n\nWhere?",
+        "here",
+    ),
+    "documents": (
+        {
+            "question": "Where?",
+            "ctxs": [{"title": "T", "text": "One.", "score": 1}, {"text": "Two."}],
+            "answers": ["here"],
+        },
+        "T\nOne.\n\nTwo.\n\nWhere?",
+        "here",
+    ),
+    "text and question": ({"text": "A book.", "question": "Where?"}, "A book.\n\nWhere?", ""),
+    "context beside a prompt": ({"context": "A long book.", "prompt": "Where?"}, "A long book.\n\nWhere?", ""),
+    "context in the prompt": ({"context": "A book.", "prompt": "A book. Where?"}, "A book. Where?", ""),
     "question": ({"question": "Where?", "answer": "here"}, "Where?", "here"),
     "text": ({"text": "A book.", "meta": {}}, "A book.", ""),
 }

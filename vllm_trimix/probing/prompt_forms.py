@@ -13,7 +13,10 @@ from vllm_trimix.measurement.messages import text_of
 from vllm_trimix.untrusted import quoted
 
 _TURNS = ("messages", "conversations", "conversation", "prompt", "input")
-CONTEXTS = ("context", "passage", "document", "article")
+CONTEXTS = (
+    *("context", "contexts", "passage", "passages", "document", "documents", "article", "story", "ctxs"),
+    *("paragraphs", "text", "content"),
+)
 _QUESTIONS = ("input", "question", "query", "questions")
 _ANSWERS = (
     *("answer", "answers", "outputs", "output", "completion", "response", "target", "targets", "ideal", "reference"),
@@ -27,6 +30,8 @@ _ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("tool", "function", "observation", "function_call"), "tool"),
 }
+# A field of so many characters may be anything.
+_SHORT = 200
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -79,7 +84,10 @@ def prompts_of(entry: Entry, path: Path) -> Iterator[Given]:
     turns = next((body[name] for name in _TURNS if _is_turns(body.get(name))), None)
     prompt = body.get("prompt")
     if isinstance(prompt, str) and (prompt.strip() or turns is None):
-        yield _text(where, prompt, answer)
+        context = _context(body) or ""
+        # The long text that a short question is about.
+        apart = len(context) > len(prompt) and context not in prompt
+        yield _text(where, _joined(context, prompt) if apart else prompt, answer)
     elif turns is not None:
         yield _conversation(where, turns, answer)
     elif _is_turns(body.get("questions")):
@@ -88,6 +96,7 @@ def prompts_of(entry: Entry, path: Path) -> Iterator[Given]:
             yield _text(where, text, _answer(item))
     elif texts := _parts(body):
         for question, text in enumerate(texts):
+            _check_left_out(entry, body, text)
             yield _text(where, text, answer if len(texts) == 1 else _answer(value, question))
     else:
         raise ValueError(
@@ -98,20 +107,56 @@ def prompts_of(entry: Entry, path: Path) -> Iterator[Given]:
 
 def _parts(body: dict[str, Any]) -> list[str]:
     """Prompts put together from context, question and choices; none where these aren't there."""
-    context = next((body[name] for name in CONTEXTS if isinstance(body.get(name), str)), "")
+    context = _context(body)
     if isinstance(body.get("instruction"), str):
-        # Alpaca's.
-        return [_joined(body["instruction"], body.get("input") or "")]
+        # Alpaca's and Dolly's.
+        return [_joined(body["instruction"], body.get("input") or context)]
     asked = next((body[name] for name in _QUESTIONS if body.get(name)), None)
     questions = asked if isinstance(asked, list) else [asked]
-    if asked is not None and not all(isinstance(question, str) for question in questions):
+    if context is None or (asked is not None and not all(isinstance(question, str) for question in questions)):
         return []
     if asked is None:
-        whole = context or next((body[name] for name in ("text", "content") if isinstance(body.get(name), str)), "")
-        return [whole] if whole else []
+        return [context] if context else []
     # RULER's files have the answer's beginning apart.
     prefix = body.get("answer_prefix") if isinstance(body.get("answer_prefix"), str) else ""
     return [_joined(context, question, _choices(body)) + (prefix or "") for question in questions]
+
+
+def _context(body: dict[str, Any]) -> str | None:
+    """The text that is asked about, empty where there is none; None where it is in no form that is known."""
+    return _flat(next((body[name] for name in CONTEXTS if body.get(name)), ""))
+
+
+def _flat(value: Any, between: str = "\n\n") -> str | None:
+    """Texts as one: a list of them, of titles with their sentences, or of objects with a title and a text."""
+    if isinstance(value, dict):
+        text = next(
+            (value[name] for name in ("text", "content", "contents", "paragraph_text") if value.get(name)), None
+        )
+        return None if text is None else _flat([value.get("title") or "", text], "\n")
+    if isinstance(value, list):
+        texts = [_flat(item, "\n") for item in value]
+        return None if None in texts else between.join(filter(None, texts))
+    return value if isinstance(value, str) else None
+
+
+def _check_left_out(entry: Entry, body: dict[str, Any], prompt: str) -> None:
+    """Refuses to leave the long text out in silence: it may stand in a field that nobody reads.
+
+    Raises:
+        ValueError: Naming the field.
+    """
+    for name, item in body.items():
+        if (
+            isinstance(item, str)
+            and name not in _ANSWERS
+            and len(item) > max(_SHORT, len(prompt))
+            and item not in prompt
+        ):
+            raise ValueError(
+                f"{entry.where}: {quoted(name)}, a text of {len(item)} characters, would be left out of the prompt; "
+                f'write all of it as "prompt"; found {fields(entry.value)}'
+            )
 
 
 def _choices(body: dict[str, Any]) -> str:
