@@ -238,6 +238,16 @@ def test_what_would_fail_at_the_end_fails_first(
     assert line == f"this command needs matplotlib, not installed here: pip install 'vllm-trimix[{extra}]'"
 
 
+@pytest.mark.parametrize("command", [["eval", "ruler"], ["calibrate"]], ids=lambda command: command[0])
+def test_vllm_is_missed_before_prompts_are_made(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else real(name))
+    assert said([*command, "no/model"]) == (
+        2,
+        "this command needs vllm, not installed here: for vllm see Install in the README",
+    )
+
+
 def test_nothing_to_ask_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(askers, "_ENGINE", "no.such.module")
     LlamaConfig(num_hidden_layers=2, num_attention_heads=2, hidden_size=64).save_pretrained(tmp_path / "model")
