@@ -89,6 +89,13 @@ def test_reads_the_heads_of_minferences_training_branch(tmp_path: Path) -> None:
     assert "larger of a head's two gammas" in larger
 
 
+def test_qwens_list_is_known_by_its_name(tmp_path: Path) -> None:
+    text = json.dumps([{"0": ["vertical_and_slash", 30, 800, 1.0]}])
+    for name, size in (("sparse_attention_config.json", 130), ("heads.json", 30)):
+        (tmp_path / name).write_text(text)
+        assert read_head_file(tmp_path / name, where=WHERE).layers == ((VerticalSlash(size, 800),),)
+
+
 QWEN_LAYER = {"0": ["vertical_and_slash", 30, 800, None], "1": ["vertical_and_slash", 1000, 6096, 0.9]}
 QWEN_HEADS = (VerticalSlash(130, 800), VerticalSlash(1000, 6096))
 

@@ -59,7 +59,8 @@ def read_head_file(path: str | Path, *, where: str) -> HeadFile:
     label = f"{where}: head file {quoted(str(path))}"
     data = read_json(Path(path), label, max_bytes=MAX_BYTES)
     if isinstance(data, list):
-        return _others(minference_heads.read_list(list(_some(data, label)), label))
+        qwen = Path(path).name == f"{minference_heads.SPARSE_CONFIG}.json"
+        return _others(minference_heads.read_list(list(_some(data, label)), label, qwen=qwen))
     if isinstance(data, dict):
         part = None if "format" in data else minference_heads.sparse_config(data)
         if part is not None:
