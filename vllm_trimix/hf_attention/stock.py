@@ -29,12 +29,15 @@ class Visibility:
         Args:
             arguments: Of a mask function of transformers' ``AttentionMaskInterface``.
         """
-        self._arguments = arguments
+        # A static cache counts on in the tensor that it gives as offset: what counts is now.
+        now = {name: int(arguments.get(name, 0)) for name in ("q_offset", "kv_offset")}
+        self._arguments = {**arguments, **now}
 
     @property
     def first(self) -> int:
         """Place of the first row among the keys."""
-        return int(self._arguments.get("q_offset", 0)) - int(self._arguments.get("kv_offset", 0))
+        first: int = self._arguments["q_offset"] - self._arguments["kv_offset"]
+        return first
 
     @functools.cached_property
     def is_causal(self) -> bool:
@@ -66,7 +69,7 @@ class Visibility:
         # Heavy.
         from transformers.masking_utils import eager_mask
 
-        offset = self._arguments.get("q_offset", 0) + start
+        offset = self._arguments["q_offset"] + start
         given = {**self._arguments, "q_length": stop - start, "q_offset": offset, "allow_is_bidirectional_skip": False}
         mask: torch.Tensor = eager_mask(**given)
         return mask
