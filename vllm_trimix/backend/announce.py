@@ -117,9 +117,10 @@ def nothing_sparse(resolved: Resolved, found: Survey) -> str | None:
     if not chosen or found.runs_any(chosen):
         return None
     fixes = sorted({FIXES[reason] for reason in found.stock.values() if reason in FIXES})
+    leave = "or leave --attention-backend unset" if fixes else "Leave --attention-backend unset"
     return (
         f"TRIMIX: NOTHING IS SPARSE: all chosen layers stay stock ({stock_label(found.stock)}), every prompt runs as "
-        f"without TRIMIX. {'; '.join([*fixes, 'or leave --attention-backend unset'])}"
+        f"without TRIMIX. {'; '.join([*fixes, leave])}"
     )
 
 

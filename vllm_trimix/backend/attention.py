@@ -62,6 +62,11 @@ def compose(dense_path: str) -> str:
         ValueError: The dense backend can't be built on.
     """
     dense: Any = resolve_obj_by_qualname(dense_path)
+    if dense.is_mla():
+        # Models that vLLM doesn't list as MLA before it builds them.
+        raise ValueError(
+            "TRIMIX does not support MLA models: their cache holds compressed keys. Leave --attention-backend unset"
+        )
     if dense.get_name() not in DENSE_BACKENDS or dense.forward_includes_kv_cache_update:
         raise ValueError(
             f"TRIMIX can't build on {dense.get_name()}, the platform's choice for this model; "

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 from vllm.config import set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.model_executor.model_loader.utils import initialize_model
@@ -68,15 +69,20 @@ def preview(model: str, entry: dict[str, Any] | None, flags: list[str]) -> Previ
     # One process looks at all layers; how many devices share them changes nothing about a layer.
     arguments.tensor_parallel_size = arguments.pipeline_parallel_size = 1
     arguments.enable_expert_parallel = False
-    whole = arguments.create_engine_config(CONTEXT)
     unsure = None
     dense, kernel = _planned(resolved)
-    try:
-        with built(whole):
-            found = survey(whole, resolved)
-            dense, kernel = _composed(whole) or (dense, kernel)
-    except Exception as error:
-        unsure = f"the model could not be built without weights: {one_line(error)}"
+    # Some models compute with small tensors while they are built, which the meta device can't.
+    for placement in (torch.device("meta"), _EmptyOnMeta()):
+        whole = arguments.create_engine_config(CONTEXT)
+        try:
+            with built(whole, placement):
+                found = survey(whole, resolved)
+                dense, kernel = _composed(whole) or (dense, kernel)
+            unsure = None
+            break
+        except Exception as error:
+            unsure = f"the model could not be built without weights: {one_line(error)}"
+    if unsure is not None:
         known = settings.ineligible_layers(whole.model_config)
         chosen = {*resolved.layers, *(() if resolved.shallow is None else resolved.shallow.layers)}
         stock = {layer: known[layer] for layer in sorted(chosen & known.keys())}
@@ -108,9 +114,21 @@ def _composed(vllm_config: Any) -> tuple[str, str] | None:
     return None
 
 
+class _EmptyOnMeta(TorchFunctionMode):
+    """Puts what is made without values, as weights are, on the meta device, and computes the rest."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """``torch.empty`` elsewhere."""
+        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
+
+
 @contextlib.contextmanager
-def built(vllm_config: Any) -> Iterator[Any]:
-    """The model, on the meta device: its modules without memory for their weights.
+def built(vllm_config: Any, placement: Any = None) -> Iterator[Any]:
+    """The model: its modules without memory for their weights.
+
+    Args:
+        vllm_config: vLLM's, not used before.
+        placement: Where tensors are made; None: on the meta device.
 
     A process that did this can't run a model any more: vLLM keeps rotary embeddings for the next one.
     """
@@ -127,7 +145,7 @@ def built(vllm_config: Any) -> Iterator[Any]:
                 backend="gloo",
             )
             parallel_state.ensure_model_parallel_initialized(1, 1)
-            with set_default_torch_dtype(vllm_config.model_config.dtype), torch.device("meta"):
+            with set_default_torch_dtype(vllm_config.model_config.dtype), placement or torch.device("meta"):
                 yield initialize_model(vllm_config)
         finally:
             parallel_state.destroy_model_parallel()

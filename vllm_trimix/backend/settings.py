@@ -58,7 +58,8 @@ def resolve_into(vllm_config: Any) -> None:
         model=model_config.model,
         num_layers=model_config.get_total_num_hidden_layers(),
         model_entry=getattr(hf_config, ENTRY, None),
-        num_heads=model_config.hf_text_config.num_attention_heads,
+        # Files name them in many ways, and some differ by layer: vLLM has read them.
+        num_heads=model_config.model_arch_config.total_num_attention_heads,
         min_seq_len=_min_seq_len(),
         text_config=model_config.hf_text_config,
     )
