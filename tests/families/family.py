@@ -10,6 +10,11 @@ VOCAB_SIZE = 512
 WINDOW = 64
 """Of models that have windows: shorter than the prompts."""
 
+SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
+THREE_WINDOWS, THREE_LINEAR = [SLIDING, SLIDING, SLIDING, FULL] * 2, [LINEAR, LINEAR, LINEAR, FULL] * 2
+"""``layer_types`` as many have them."""
+NO_CLASS = "transformers has no class of it"
+
 TOY: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 128,
@@ -61,19 +66,23 @@ class Family:
 
     Attributes:
         name: As its makers call it.
-        published: A model on the Hugging Face hub whose config.json has these keys.
+        published: A model on the Hugging Face hub whose config.json has these keys; empty: they are those that the
+            class in vLLM reads, no published file being known here.
         config: The config.json.
         sparse: Layers in which triangle rows must be counted, where all layers are chosen.
         stock: The other layers, with the reason that the start-up line must give.
         outcome: ``served``; ``refused`` at start, in one line; or ``stock_fails``: vLLM itself doesn't serve it here.
         words: What the refusal, or stock vLLM's failure, says.
         truth: ``hf``: log-probabilities are compared with Hugging Face's; else why they can't be.
+        truth_config: What Hugging Face must be told otherwise than the file says, to compute what vLLM does.
         covers: Registered architectures that this entry stands for; None for those of the configuration.
         engine: Arguments of the engine besides those that all families get.
         std: Standard deviation of drawn weights; attention must bite, and the logits stay finite.
         attention_std: Of those of the attention; None: the same.
+        passes: How often each of its attentions runs in one pass of the model.
         attentions: Layers of the attentions, by the number in their names; empty: the name has the layer's.
         own_code: Published with a configuration class of its own, for ``trust_remote_code``.
+        attribute_map: What that class calls by other names than the file.
         mistral: The files are in Mistral's own format: params.json and consolidated.safetensors.
         note: For readers of the page.
         feature: What the fast tests run it for; empty: only the slow ones do.
@@ -87,12 +96,15 @@ class Family:
     outcome: Literal["served", "refused", "stock_fails"] = "served"
     words: str = ""
     truth: str = "hf"
+    truth_config: Mapping[str, Any] = field(default_factory=dict)
     covers: tuple[str, ...] | None = None
     engine: Mapping[str, Any] = field(default_factory=dict)
     std: float = 0.2
     attention_std: float | None = None
+    passes: int = 1
     attentions: tuple[int, ...] = ()
     own_code: bool = False
+    attribute_map: Mapping[str, str] = field(default_factory=dict)
     mistral: bool = False
     note: str = ""
     feature: str = ""

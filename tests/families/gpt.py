@@ -51,6 +51,7 @@ FAMILIES = [
             "vocab_size": 512,
         },
         sparse=ALL_FOUR,
+        truth="its class in transformers has an attention of its own",
     ),
     Family(
         "OPT",
@@ -99,6 +100,7 @@ FAMILIES = [
             "parallel_attn": True,
             "vocab_size": 512,
         },
+        truth="its class in transformers has an attention of its own",
         sparse=ALL_FOUR,
     ),
     Family(

@@ -20,14 +20,22 @@ import vllm
 import vllm.entrypoints.llm
 import vllm.v1.engine.core
 import vllm.v1.worker.cpu_model_runner
+from safetensors.torch import save_file
+from torch._inductor import cpu_vec_isa
+from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+from vllm.model_executor.models import registry
 
 from vllm_trimix.backend import impl as backend_impl
 from vllm_trimix.backend import requests
 from vllm_trimix.hf_attention import use_triangle
 
+# Each engine would ask it in a process of its own.
+cpu_vec_isa.valid_vec_isa_list()
 SEED = 7
 # Their values are rates, gains and short filters: drawn at large they blow up or die out.
-_LEFT_ALONE = re.compile(r"norm|\bln|conv|A_log|A\b|dt_|\bD\b|sink|bias|scale|decay|lambda|alpha|inv_freq|rotary")
+_LEFT_ALONE = re.compile(
+    r"norm[^.]*\.weight$|conv|A_log|A\b|dt_|\bD\b|sink|bias|scale|decay|lambda|alpha|inv_freq|rotary"
+)
 _ATTENTION = re.compile(r"self_attn")
 _EMBEDDING = re.compile(r"embed|wte|wpe")
 
@@ -43,6 +51,7 @@ def start(phase: str, job: dict[str, Any], folder: str) -> None:
         "stock": engine,
         "trimix": engine,
         "truth": truth,
+        "preview": foretell,
     }
     try:
         found = {"result": phases[phase](job)}
@@ -71,6 +80,9 @@ def draw(model: torch.nn.Module, std: float, attention_std: float) -> None:
 def make(job: dict[str, Any]) -> None:
     """Writes the checkpoint, made by the class of transformers, beside the config.json as it stands."""
     model, weights = Path(job["model"]), Path(job["model"], "weights")
+    if (model / "params.json").exists():
+        _make_mistral(model, job["std"])
+        return
     made = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.from_pretrained(model), dtype=torch.float32
     )
@@ -81,11 +93,31 @@ def make(job: dict[str, Any]) -> None:
     shutil.rmtree(weights)
 
 
+def _make_mistral(model: Path, stds: tuple[float, float]) -> None:
+    """Writes consolidated.safetensors, with Mistral's own names."""
+    params = json.loads((model / "params.json").read_text())
+    dim, hidden, heads = params["dim"], params["hidden_dim"], params["n_heads"] * params["head_dim"]
+    kv_heads = params["n_kv_heads"] * params["head_dim"]
+    shapes: dict[str, tuple[int, ...]]
+    shapes = {"attention.wq": (heads, dim), "attention.wk": (kv_heads, dim), "attention.wv": (kv_heads, dim)}
+    shapes |= {"attention.wo": (dim, heads), "attention_norm": (dim,), "ffn_norm": (dim,)}
+    shapes |= {"feed_forward.w1": (hidden, dim), "feed_forward.w2": (dim, hidden), "feed_forward.w3": (hidden, dim)}
+    named: dict[str, tuple[int, ...]]
+    named = {f"layers.{layer}.{name}": shape for layer in range(params["n_layers"]) for name, shape in shapes.items()}
+    named |= {"tok_embeddings": (params["vocab_size"], dim), "output": (params["vocab_size"], dim), "norm": (dim,)}
+    generator = torch.Generator().manual_seed(SEED)
+    tensors = {
+        f"{name}.weight": torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * stds[0]
+        for name, shape in named.items()
+    }
+    save_file(tensors, model / "consolidated.safetensors")
+
+
 def engine(job: dict[str, Any]) -> dict[str, Any]:
     """Runs a real engine over the waves; one without weights in a file gets drawn ones."""
-    from vllm.model_executor.model_loader import dummy_loader
-
-    dummy_loader.initialize_dummy_weights = lambda model, *_, **__: _draw_dummy(model, *job["std"])
+    DummyModelLoader.load_weights = lambda _, model, __: _draw_dummy(model, *job["std"])
+    # A process apart looks at the class of the model, lest it touch a GPU here; it takes seconds to begin.
+    registry._run_in_subprocess = lambda look: look()
     counted = _count_layer_rows()
     llm = vllm.LLM(**job["engine"])
     waves = []
@@ -138,11 +170,28 @@ def _count_layer_rows() -> Counter[str]:
     return counted
 
 
+def foretell(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """What ``doctor`` says of models: the start-up line, and why it is unsure of it, or the refusal."""
+    # Heavy, and only needed here.
+    from vllm_trimix.backend.preview import preview
+
+    registry._run_in_subprocess = lambda look: look()
+    found = []
+    for model, flags in job["models"]:
+        try:
+            seen = preview(model, {"starting_layer": 0, "min_prompt_len": 0}, flags)
+            found.append({"line": seen.line, "unsure": seen.unsure, "refused": ""})
+        except Exception as error:
+            found.append({"line": "", "unsure": None, "refused": str(error)})
+    return found
+
+
 @torch.no_grad()
 def truth(job: dict[str, Any]) -> list[dict[str, list[float]]]:
     """Of each answer, the log-probabilities of its tokens by Hugging Face: dense, and under the mask."""
+    config = transformers.AutoConfig.from_pretrained(job["model"], **job["config"])
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        job["model"], dtype=torch.float32, attn_implementation="eager"
+        job["model"], config=config, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     found = [{"dense": _logprobs(model, answer)} for answer in job["answers"]]
     if job["layers"]:
