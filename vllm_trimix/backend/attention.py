@@ -49,6 +49,10 @@ class TrimixBackend(AttentionBackend):
         return False
 
 
+class RefusedError(ValueError):
+    """A server with this model doesn't start."""
+
+
 def compose(dense_path: str) -> str:
     """Builds on a dense backend.
 
@@ -59,16 +63,16 @@ def compose(dense_path: str) -> str:
         Qualified name of the composed class, an attribute of this module.
 
     Raises:
-        ValueError: The dense backend can't be built on.
+        RefusedError: The dense backend can't be built on.
     """
     dense: Any = resolve_obj_by_qualname(dense_path)
     if dense.is_mla():
         # Models that vLLM doesn't list as MLA before it builds them.
-        raise ValueError(
+        raise RefusedError(
             "TRIMIX does not support MLA models: their cache holds compressed keys. Leave --attention-backend unset"
         )
     if dense.get_name() not in DENSE_BACKENDS or dense.forward_includes_kv_cache_update:
-        raise ValueError(
+        raise RefusedError(
             f"TRIMIX can't build on {dense.get_name()}, the platform's choice for this model; "
             f"it builds on {', '.join(DENSE_BACKENDS)}. Force one with "
             '--additional-config \'{"trimix": {"dense_backend": ...}}\', or leave --attention-backend unset'

@@ -18,6 +18,7 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_trimix.backend import announce, settings
+from vllm_trimix.backend.attention import RefusedError
 from vllm_trimix.backend.engines.job import CONTEXT, engine_arguments, one_line
 from vllm_trimix.backend.names import ENTRY, NAME
 from vllm_trimix.backend.registration import register_trimix
@@ -80,6 +81,8 @@ def preview(model: str, entry: dict[str, Any] | None, flags: list[str]) -> Previ
                 dense, kernel = _composed(whole) or (dense, kernel)
             unsure = None
             break
+        except RefusedError:
+            raise
         except Exception as error:
             unsure = f"the model could not be built without weights: {one_line(error)}"
     if unsure is not None:
