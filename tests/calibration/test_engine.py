@@ -30,7 +30,7 @@ RESOLVED = """
 import json, sys
 from vllm_trimix.backend.preview import preview
 model, entry = sys.argv[1:]
-print(preview(model, json.loads(entry), []).resolved.model_dump_json())
+print(preview(model, {"trimix": json.loads(entry)}, []).resolved.model_dump_json())
 """
 
 

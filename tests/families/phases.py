@@ -179,7 +179,7 @@ def foretell(job: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
     for model, flags in job["models"]:
         try:
-            seen = preview(model, {"starting_layer": 0, "min_prompt_len": 0}, flags)
+            seen = preview(model, {"trimix": {"starting_layer": 0, "min_prompt_len": 0}}, flags)
             found.append({"line": seen.line, "unsure": seen.unsure, "refused": ""})
         except Exception as error:
             found.append({"line": "", "unsure": None, "refused": str(error)})

@@ -100,11 +100,17 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    # vLLM asks plugins while it is imported, and ours would bring the package as it is.
+    allowed = os.environ.get("VLLM_PLUGINS")
+    os.environ["VLLM_PLUGINS"] = ""
     for name in (*PRELOADED, *sys.argv[1:]):
         module, _, function = name.partition(":")
         found = importlib.import_module(module)
         if function:
             getattr(found, function)()
+    del os.environ["VLLM_PLUGINS"]
+    if allowed is not None:
+        os.environ["VLLM_PLUGINS"] = allowed
     assert not [name for name in sys.modules if name.startswith("vllm_trimix")], "a mutant would not be imported"
     from hypothesis import Phase, settings
 

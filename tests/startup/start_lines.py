@@ -40,7 +40,7 @@ def foretell(model: str, entry: dict[str, Any], flags: list[str]) -> dict[str, A
     from vllm_trimix.backend.preview import preview
 
     try:
-        seen = preview(model, entry, flags)
+        seen = preview(model, {"trimix": entry}, flags)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return {"line": seen.line, "warning": seen.warning, "unsure": seen.unsure, "sparse": sorted(seen.sparse)}

@@ -96,6 +96,14 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "no JSON": (["--config", "{layers: 1}"], "--config: '{layers: 1}' is not JSON"),
     "typo": (["--config", '{"layes": "1"}'], "unknown key 'layes' in trimix config; did you mean 'layers'?"),
     "typo in a server's form": (["--config", '{"trimix": {"n_last": 4}}'], "did you mean 'last_n'?"),
+    "typo in what was pasted": (
+        ["--", "--additional-config", '{"trimix": {"n_last": 4}, "other": {}}'],
+        "did you mean 'last_n'?",
+    ),
+    "both": (
+        ["--config", '{"layers": "1"}', "--", "--additional-config={}"],
+        "--config and --additional-config are two spellings of one setting; keep one",
+    ),
     "no object": (["--config", "3"], "trimix: expected a JSON object"),
     "server flag": (["--port", "8000"], "unrecognized arguments: --port 8000; engine flags go after --"),
 }
@@ -143,11 +151,21 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.
     check_model("nobody/no-such-model")
 
 
-def test_what_a_server_would_run_with_these_flags(llama: str) -> None:
+PASTED = ["--", "--attention-backend", "TRIMIX", "--additional-config", '{"trimix": {"layers": "1-3"}}']
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(["--config", '{"trimix": {"layers": "1-3"}}', "--"], id="server's form"),
+        pytest.param(PASTED, id="pasted from a server's command"),
+    ],
+)
+def test_what_a_server_would_run_with_these_flags(arguments: list[str], llama: str) -> None:
     process = subprocess.run(
         [
-            *[sys.executable, "-m", "vllm_trimix.cli.main", "doctor", llama],
-            *["--config", '{"trimix": {"layers": "1-3"}}', "--", "--kv-cache-dtype", "fp8"],
+            *[sys.executable, "-m", "vllm_trimix.cli.main", "doctor", llama, *arguments],
+            *["--kv-cache-dtype", "fp8"],
         ],
         capture_output=True,
         text=True,

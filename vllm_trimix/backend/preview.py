@@ -20,7 +20,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm_trimix.backend import announce, settings
 from vllm_trimix.backend.attention import RefusedError
 from vllm_trimix.backend.engines.job import CONTEXT, engine_arguments, one_line
-from vllm_trimix.backend.names import ENTRY, NAME
+from vllm_trimix.backend.names import NAME
 from vllm_trimix.backend.registration import register_trimix
 from vllm_trimix.backend.survey import Survey, is_attention, survey
 from vllm_trimix.config.entry import Resolved
@@ -50,12 +50,12 @@ class Preview(NamedTuple):
     unsure: str | None
 
 
-def preview(model: str, entry: dict[str, Any] | None, flags: list[str]) -> Preview:
+def preview(model: str, additional: dict[str, Any], flags: list[str]) -> Preview:
     """What ``vllm serve MODEL --attention-backend TRIMIX`` would run.
 
     Args:
         model: HF id or path.
-        entry: The ``trimix`` entry; None where there is none.
+        additional: The server's ``--additional-config``.
         flags: Engine flags of ``vllm serve``.
 
     Raises:
@@ -64,7 +64,7 @@ def preview(model: str, entry: dict[str, Any] | None, flags: list[str]) -> Previ
     register_trimix()
     arguments = engine_arguments(model, flags)
     arguments.attention_backend = NAME
-    arguments.additional_config = {} if entry is None else {ENTRY: entry}
+    arguments.additional_config = additional
     vllm_config = arguments.create_engine_config(CONTEXT)
     resolved = settings.of(vllm_config)
     # One process looks at all layers; how many devices share them changes nothing about a layer.

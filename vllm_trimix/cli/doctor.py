@@ -16,6 +16,7 @@ import vllm_trimix
 from vllm_trimix.cli import arguments
 from vllm_trimix.cli.model_folder import check_model
 from vllm_trimix.config.entry import parse_config
+from vllm_trimix.untrusted import quoted
 
 TAKES_ENGINE_FLAGS = True
 _INDENT = " " * 20
@@ -41,11 +42,12 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: The arguments are wrong; found out before anything is checked.
     """
-    entry = _entry(args.config)
-    flags = [*args.flags, *(["--trust-remote-code"] if args.trust_remote_code else [])]
+    flags, pasted = _without_additional_config(args.flags)
+    additional = _additional(args.config, pasted)
+    flags += ["--trust-remote-code"] if args.trust_remote_code else []
     if args.model:
         check_model(args.model)
-    elif args.config or flags:
+    elif additional or flags:
         raise ValueError("--config and engine flags need a MODEL: they say how it would be served")
     # Read when vLLM is imported. What it says of its own start is not what was asked.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         ("cpu kernel", _cpu_kernel),
     ]
     if args.model:
-        checks.append(("model", lambda: _model(args.model, entry, flags)))
+        checks.append(("model", lambda: _model(args.model, additional, flags)))
     failed = 0
     for name, check in checks:
         try:
@@ -154,13 +156,13 @@ def _cpu_kernel() -> str:
     return f"compiled, would run as {found[0]} for bf16 and as {others[0]} for fp16 and fp32"
 
 
-def _model(model: str, entry: dict[str, Any] | None, flags: list[str]) -> str:
+def _model(model: str, additional: dict[str, Any], flags: list[str]) -> str:
     """What a server with these arguments says at start, and what it means."""
     # As above.
     from vllm_trimix.backend.preview import preview
     from vllm_trimix.config.layers import format_layers
 
-    seen = preview(model, entry, flags)
+    seen = preview(model, additional, flags)
     if seen.warning is not None:
         raise RuntimeError(f"{seen.warning}\n{_INDENT}{seen.line}")
     settings, layers = seen.resolved, sorted(seen.sparse.intersection(seen.resolved.layers))
@@ -176,12 +178,37 @@ def _model(model: str, entry: dict[str, Any] | None, flags: list[str]) -> str:
     return f"\n{_INDENT}".join([*lines, f"start-up line: {seen.line}"])
 
 
-def _entry(config: str | None) -> dict[str, Any] | None:
-    """The ``trimix`` entry, also in the form in which servers take it."""
-    if config is None:
-        return None
-    raw = arguments.read_json("--config", config)
-    if isinstance(raw, dict) and set(raw) == {"trimix"}:
-        raw = raw["trimix"]
-    parse_config(raw)
-    return dict(raw)
+def _without_additional_config(flags: list[str]) -> tuple[list[str], str | None]:
+    """Engine flags as people paste them from a server's command: the entry is among them."""
+    kept: list[str] = []
+    found = None
+    following = iter(flags)
+    for flag in following:
+        name, equals, value = flag.partition("=")
+        if name.replace("_", "-") != "--additional-config":
+            kept.append(flag)
+            continue
+        found = value if equals else next(following, "")
+    return kept, found
+
+
+def _additional(config: str | None, pasted: str | None) -> dict[str, Any]:
+    """The additional configuration of a server, from the entry alone, the entry under its name, or as pasted.
+
+    Raises:
+        ValueError: No JSON object, or a bad entry.
+    """
+    if pasted is not None:
+        if config is not None:
+            raise ValueError("--config and --additional-config are two spellings of one setting; keep one")
+        additional = arguments.read_json("--additional-config", pasted)
+        if not isinstance(additional, dict):
+            raise ValueError(f"--additional-config: {quoted(additional)} is not an object")
+    elif config is not None:
+        entry = arguments.read_json("--config", config)
+        additional = entry if isinstance(entry, dict) and set(entry) == {"trimix"} else {"trimix": entry}
+    else:
+        return {}
+    if "trimix" in additional:
+        parse_config(additional["trimix"])
+    return additional
