@@ -114,6 +114,6 @@ def _unknown(model: str, num_layers: int, text_config: Any) -> str:
     found = None if text_config is None else proposal(text_config)
     return (
         f"TRIMIX has no preset for model {quoted(model)} and will not guess its layers. {f'{found}. ' if found else ''}"
-        '`vllm-trimix probe` finds them and writes a preset: {"trimix": {"preset": FILE}}; or choose some of '
+        '`vllm-trimix probe` finds the layers and writes a preset: {"trimix": {"preset": FILE}}; or choose some of '
         f"0-{num_layers - 1} yourself, as trimix.layers or trimix.starting_layer (README, 'Choosing layers')"
     )
