@@ -17,17 +17,17 @@ HASH = "b968826d9c46dd6066d109eabc6255188de91218"
 QWEN2 = "Qwen/Qwen2.5-7B-Instruct"
 QWEN3 = "Qwen/Qwen3-8B"
 CACHED = {
-    f"/root/.cache/huggingface/hub/models--Qwen--Qwen3-8B/snapshots/{HASH}": QWEN3,
-    f"/root/.cache/huggingface/hub/models--Qwen--Qwen3-8B/snapshots/{HASH}/": QWEN3,
+    f"/srv/.cache/huggingface/hub/models--Qwen--Qwen3-8B/snapshots/{HASH}": QWEN3,
+    f"/srv/.cache/huggingface/hub/models--Qwen--Qwen3-8B/snapshots/{HASH}/": QWEN3,
     f"/data/hub/models--Qwen--Qwen3-8B/snapshots/{HASH}/inner": QWEN3,
     f"relative/models--gradientai--Llama-3-8B-Instruct-262k/snapshots/{HASH}": "gradientai/Llama-3-8B-Instruct-262k",
     "~/.cache/modelscope/hub/Qwen/Qwen2___5-7B-Instruct": QWEN2,
-    "/root/.cache/modelscope/hub/models/Qwen/Qwen2___5-7B-Instruct": QWEN2,
-    "/root/.cache/modelscope/models/Qwen/Qwen2___5-7B-Instruct": QWEN2,
-    "/root/.cache/modelscope/hub/Qwen/Qwen2.5-7B-Instruct/": QWEN2,
-    "/root/.cache/modelscope/models/Qwen--Qwen2___5-7B-Instruct/snapshots/master": QWEN2,
-    f"/root/.cache/modelscope/hub/models--Qwen--Qwen2.5-7B-Instruct/snapshots/{HASH}": QWEN2,
-    "/root/.cache/modelscope/hub/models/models--Qwen--Qwen2___5-7B-Instruct": QWEN2,
+    "/srv/.cache/modelscope/hub/models/Qwen/Qwen2___5-7B-Instruct": QWEN2,
+    "/srv/.cache/modelscope/models/Qwen/Qwen2___5-7B-Instruct": QWEN2,
+    "/srv/.cache/modelscope/hub/Qwen/Qwen2.5-7B-Instruct/": QWEN2,
+    "/srv/.cache/modelscope/models/Qwen--Qwen2___5-7B-Instruct/snapshots/master": QWEN2,
+    f"/srv/.cache/modelscope/hub/models--Qwen--Qwen2.5-7B-Instruct/snapshots/{HASH}": QWEN2,
+    "/srv/.cache/modelscope/hub/models/models--Qwen--Qwen2___5-7B-Instruct": QWEN2,
     QWEN3: QWEN3,
 }
 OTHERS = [
@@ -37,9 +37,9 @@ OTHERS = [
     f"/data/hub/models--Qwen--Qwen3-8B-AWQ/snapshots/{HASH}",
     "/data/hub/models--Qwen--Qwen3-8B",
     f"/data/hub/datasets--Qwen--Qwen3-8B/snapshots/{HASH}",
-    "/root/.cache/modelscope/hub/Qwen",
-    "/root/.cache/modelscope/hub/datasets/Qwen/Qwen3-8B",
-    "/root/.cache/modelscope",
+    "/srv/.cache/modelscope/hub/Qwen",
+    "/srv/.cache/modelscope/hub/datasets/Qwen/Qwen3-8B",
+    "/srv/.cache/modelscope",
     "s3://bucket/Qwen/Qwen3-8B",
     "a\0b",
     "",

@@ -129,6 +129,7 @@ def test_the_published_candidates() -> None:
 def test_names() -> None:
     names = [name_of(pattern) for pattern in (AShape(4, 16), Dense(), Dense(block_size=128), FlexPrefill(gamma=0.9))]
     assert names == ["a_shape 4/16", "dense", "dense b128", "flexprefill 0.9/0.1 b128"]
+    assert name_of(FlexPrefill(gamma=0.9, max_budget=4096)) == "flexprefill 0.9/0.1 max_budget=4096 b128"
     assert len({name_of(pattern) for pattern in published(30000)}) == 9
 
 

@@ -75,9 +75,14 @@ def read(path: Path) -> tuple[DynamicPattern, ...]:
 
 
 def name_of(pattern: DynamicPattern) -> str:
-    """A short name for tables and plots, e.g. ``vertical_slash 1000/6096``."""
-    values = {field.name: getattr(pattern, field.name) for field in dataclasses.fields(pattern)}  # type: ignore[arg-type]
+    """A short name for tables and plots, e.g. ``vertical_slash 1000/6096``; limits that may be off come by name."""
+    fields = dataclasses.fields(pattern)  # type: ignore[arg-type]
+    values = {field.name: getattr(pattern, field.name) for field in fields}
     size = values.pop("block_size")
-    words = [pattern.name, "/".join(str(value) for value in values.values())]
+    # Pydantic's dataclasses keep more than the default there.
+    defaults = {field.name: getattr(field.default, "default", field.default) for field in fields}
+    limits = {name: default for name, default in defaults.items() if default in (0, None)}
+    words = [pattern.name, "/".join(str(value) for name, value in values.items() if name not in limits)]
+    words += [f"{name}={values[name]}" for name, off in limits.items() if values[name] != off]
     words += [f"b{size}"] if size != _BLOCK_SIZE else []
     return " ".join(word for word in words if word)
