@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.mutants import generated, hand
-from tests.mutants.bench import ROOT, STORE, Bench, Mutant
+from tests.mutants.bench import ROOT, STORE, TIME_LIMIT, Bench, Mutant
 from tests.mutants.forks import CRASH, SCENARIO
 from tests.mutants.hand.patterns import PLAN
 from tests.mutants.report import DOCS, row
@@ -84,7 +84,10 @@ def test_the_documented_table_is_these_mutants() -> None:
     ]
     for mutant, line in zip(hand.MUTANTS, found, strict=True):
         killer = line.rpartition(" | ")[2].strip("|` ")
-        assert killer == CRASH or any(killer.startswith(test.split("[")[0]) for test in mutant.tests), line
+        # What reads another step's memory crashes on one machine and hangs on another.
+        assert killer in (CRASH, TIME_LIMIT) or any(killer.startswith(test.split("[")[0]) for test in mutant.tests), (
+            line
+        )
 
 
 @pytest.mark.slow
