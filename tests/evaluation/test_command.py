@@ -44,9 +44,12 @@ def test_engines_tell_the_right_preset_from_the_wrong_one(circuit: Path, tmp_pat
         'all={"layers": "0-2", "min_prompt_len": 0}',
         "--tasks",
         "vt,niah_single_2",
+        "--noise-floor",
+        "512",
     ]
     assert main([*arguments, *ENGINE_FLAGS]) == 0
     found = cells(tmp_path)
+    assert found["vt", 1500, "noise-floor"]["difference"]["mean"] == 0
     assert {name: found["vt", 1500, name]["score"] for name in ("stock", "trimix", "all")} == {
         "stock": 1.0,
         "trimix": 1.0,
@@ -59,6 +62,8 @@ def test_engines_tell_the_right_preset_from_the_wrong_one(circuit: Path, tmp_pat
     result = json.loads((tmp_path / "result.json").read_text())
     configurations = result["configurations"]
     assert configurations["stock"]["facts"]["resolved"] is None
+    assert configurations["noise-floor"]["facts"]["engine"]["max_num_batched_tokens"] == 512
+    assert "again with `--max-num-batched-tokens 512`" in (tmp_path / "report.md").read_text()
     # What the log says that ran: twelve prompts, all rows but the last 128 of each.
     assert configurations["trimix"]["facts"]["rows"]["triangle"] == 12 * (1496 - 128)
     assert configurations["trimix"]["facts"]["start_line"].startswith("layers=0,2 of=3 pattern=triangle")
@@ -102,6 +107,9 @@ def test_every_suite_on_a_server(suite: str, circuit: Path, server: str, tmp_pat
     assert list(tmp_path.glob("*.png"))
     if suite == "agreement":
         assert found["prompts", 1500, "trimix"]["kl"] < 0.01
+    if suite in ("agreement", "long"):
+        assert found[next(iter(found))[0], 1500, "trimix"]["agrees"]["1"] == 1.0
+        assert "| first 1 |" in text
 
 
 def test_a_server_without_trimix_is_refused(circuit: Path, tmp_path: Path) -> None:
@@ -289,6 +297,19 @@ def said(arguments: list[str]) -> tuple[int, str]:
         (["ruler", "--lengths", "20"], "20 tokens leave no room"),
         (["niah", "--depths", "0.5,7"], "--depths: '7' is not a share from 0 (start) to 1 (end)"),
         (["ruler", "--text", "book.txt"], "--text: book.txt: only the suite ppl reads it; leave it out for ruler"),
+        (
+            ["niah", "--documents", "a.txt", "b.txt"],
+            "--documents: a.txt, b.txt: only the suite agreement reads it; leave it out for niah",
+        ),
+        (["agreement", "--documents", "a", "--chat-template"], "ask nothing; leave --chat-template or them out"),
+        (
+            ["agreement", "--noise-floor", "512", "--server", "http://localhost:1"],
+            "--noise-floor: a running server cuts prompts in one way; leave --noise-floor or --server out",
+        ),
+        (
+            ["agreement", "--noise-floor", "512", "--", "--max-num-batched-tokens=512"],
+            "--noise-floor: 512 tokens is what --max-num-batched-tokens gives stock; take another",
+        ),
         (["ruler", "--samples", "0"], "'0' is not a whole number above 0"),
         (["ruler", "--configs", "trimix"], "--configs: 'trimix' has no 'stock'"),
         (["ruler", "--config", "a=1"], "trimix: expected a JSON object"),

@@ -14,7 +14,7 @@ from vllm_trimix.config.resolve import resolve
 from vllm_trimix.evaluation import ablations, cells, report
 from vllm_trimix.evaluation.answers import Answers
 from vllm_trimix.evaluation.askers import Lost
-from vllm_trimix.evaluation.configurations import Configuration, parse
+from vllm_trimix.evaluation.configurations import Configuration, noise_floor, parse
 from vllm_trimix.evaluation.outcome import Evaluation
 from vllm_trimix.evaluation.prompts import Prompts
 from vllm_trimix.evaluation.run import Outcome, run
@@ -266,7 +266,7 @@ def test_agreement_counts_what_both_begin_with(tmp_path: Path) -> None:
     assert found["trimix"].kl == pytest.approx((0.99 * 4.59 - 0.01 * 4.59) / 3, rel=0.02)
 
 
-BASE = resolve({"layers": "2-7"}, model="m", num_layers=8)
+BASE = ablations.Base(resolve({"layers": "2-7"}, model="m", num_layers=8), able=range(8))
 
 
 def test_ablations_change_one_thing() -> None:
@@ -279,7 +279,8 @@ def test_ablations_change_one_thing() -> None:
         "random_layers=0,1",
         "static=a_shape_everywhere",
     ]
-    made = ablations.configurations(asked, entry, BASE, order=[7, 0, 5, 1, 2, 3, 4, 6], seed=0)
+    probed = dataclasses.replace(BASE, order=[7, 0, 5, 1, 2, 3, 4, 6])
+    made = ablations.configurations(asked, entry, probed)
     found = {c.name: c.entry for c in made}
     assert found["last_n=0"] == {**entry, "last_n": 0}
     assert found["starting_layer=4"] == {"n_local": 64, "starting_layer": 4}
@@ -291,9 +292,16 @@ def test_ablations_change_one_thing() -> None:
     for made_entry in found.values():
         resolved = resolve(made_entry, model="m", num_layers=8)
         assert len(resolved.layers) in (3, 4, 6, 8)
-    many = ablations.configurations(["random_layers=" + ",".join(map(str, range(27)))], entry, BASE, order=None, seed=3)
+    asked = ["random_layers=" + ",".join(map(str, range(27)))]
+    many = ablations.configurations(asked, entry, dataclasses.replace(BASE, seed=3))
     assert len({c.entry["layers"] for c in many if c.entry} - {"2-7"}) == 27
-    defaults = ablations.configurations(list(ablations.ABLATIONS), entry, BASE, order=None, seed=0)
+    hybrid = dataclasses.replace(BASE, able=[2, 5, 7])
+    made = ablations.configurations(["num_layers=1,2"], entry, hybrid)
+    assert [c.entry["layers"] for c in made if c.entry] == ["7", "5,7"]
+    fewer = dataclasses.replace(hybrid, resolved=resolve({"layers": "5,6"}, model="m", num_layers=8))
+    made = ablations.configurations(["random_layers=0,1"], entry, fewer)
+    assert {c.entry["layers"] for c in made if c.entry} == {"2", "7"}
+    defaults = ablations.configurations(list(ablations.ABLATIONS), entry, BASE)
     assert {c.ablation for c in defaults} == set(ablations.ABLATIONS)
 
 
@@ -303,12 +311,13 @@ def test_ablations_change_one_thing() -> None:
         ("lastn", "'lastn' is not an ablation; there are last_n"),
         ("last_n=x", "last_n='x' is not a whole number"),
         ("num_layers=9", "more than the 8 layers"),
+        ("random_layers=28", "of the 8 layers that can be triangle layers there are 27 other sets of 6"),
         ("shape=square", "'square' is not known; there are triangle, a_shape"),
     ],
 )
 def test_bad_ablations(asked: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        ablations.configurations([asked], {}, BASE, order=None, seed=0)
+        ablations.configurations([asked], {}, BASE)
 
 
 def test_configurations(tmp_path: Path) -> None:
@@ -321,6 +330,9 @@ def test_configurations(tmp_path: Path) -> None:
         ("mine", {"preset": str(overlay)}),
         ("wide", {"n_local": 9}),
     ]
+    floor = noise_floor(512)
+    assert (floor.name, floor.entry, floor.flags) == ("noise-floor", None, ("--max-num-batched-tokens", "512"))
+    assert len({floor.settings, noise_floor(256).settings, STOCK.settings}) == 3
     for names, more, says in (
         ("trimix", [], "has no 'stock'"),
         ("stock,nowhere.json", [], "'nowhere.json' is neither"),

@@ -48,6 +48,7 @@ def test_which_tasks_there_are() -> None:
         "retrieval": ["kv_retrieval", "passkey"],
         "ppl": ["documents"],
         "agreement": ["prompts"],
+        "long": ["question"],
     }
     assert {suite: sorted(SUITES[suite].tasks[RECORDS]) for suite in SUITES} == {
         "ruler": ["niah_multikey_2"],
@@ -55,6 +56,7 @@ def test_which_tasks_there_are() -> None:
         "retrieval": ["kv_retrieval"],
         "ppl": ["documents"],
         "agreement": ["prompts"],
+        "long": [],
     }
 
 

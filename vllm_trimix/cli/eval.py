@@ -18,7 +18,7 @@ from vllm_trimix.measurement.engine_process import EngineDied
 TAKES_ENGINE_FLAGS = True
 
 _say = teller("eval")
-_SUITES = ("ruler", "niah", "retrieval", "ppl", "agreement")
+_SUITES = ("ruler", "niah", "retrieval", "ppl", "agreement", "long")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -65,6 +65,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="room for each answer, on top of the length (default: the published ones within it)",
     )
     add("--prompts", type=Path, metavar="FILE", help="JSON lines of prompts, for agreement")
+    add(
+        "--documents",
+        type=Path,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="long texts whose continuations are compared, for agreement",
+    )
+    add(
+        "--noise-floor",
+        type=arguments.whole,
+        metavar="TOKENS",
+        help="ask stock a second time, in prompt chunks of so many tokens",
+    )
     add("--text", type=Path, metavar="FILE", help="a long text, for ppl")
     add(
         "--concurrency",
@@ -119,6 +134,7 @@ def run(args: argparse.Namespace) -> int:
         thought_end=eval_choices.thought_end(args, source.tokenizer, template),
         depths=eval_choices.depths(args.depths) or suite.depths,
         prompts=args.prompts,
+        documents=tuple(args.documents),
         text=args.text,
     )
     tasks = eval_choices.tasks(args.tasks, suite, language)

@@ -12,6 +12,7 @@ from vllm_trimix.cli import hf_model
 from vllm_trimix.cli.engine_limit import Limit
 from vllm_trimix.cli.output import teller
 from vllm_trimix.config.entry import Resolved
+from vllm_trimix.config.layer_types import type_reason
 from vllm_trimix.config.resolve import resolve
 from vllm_trimix.measurement import chat_template
 
@@ -30,11 +31,15 @@ def suite(args: argparse.Namespace, there: Mapping[str, Any]) -> Any:
         )
     for flag, value, reader in (
         ("--prompts", args.prompts, "agreement"),
+        ("--documents", ", ".join(map(str, args.documents)) or None, "agreement"),
         ("--text", args.text, "ppl"),
         ("--depths", args.depths, "niah"),
     ):
         if value is not None and args.suite != reader:
             raise ValueError(f"{flag}: {value}: only the suite {reader} reads it; leave it out for {args.suite}")
+    if args.documents and (args.prompts is not None or args.chat_template):
+        other = "--chat-template" if args.chat_template else "--prompts"
+        raise ValueError(f"--documents: the texts go on by themselves, they ask nothing; leave {other} or them out")
     return there[args.suite]
 
 
@@ -158,10 +163,13 @@ def configurations(args: argparse.Namespace, source: hf_model.Description, neede
     """
     # Heavy: scipy and the suites' own packages.
     from vllm_trimix.evaluation import ablations, askers
-    from vllm_trimix.evaluation.configurations import STOCK, TRIMIX, parse, read_entry
+    from vllm_trimix.evaluation.configurations import STOCK, TRIMIX, noise_floor, parse, read_entry
 
     base = read_entry("--trimix", args.trimix)
     found = parse(args.configs, base, args.config)
+    if args.noise_floor is not None:
+        _check_noise_floor(args)
+        found.insert(1, noise_floor(args.noise_floor))
     if args.server:
         unfit = [c.name for c in found if c.name not in (STOCK, TRIMIX)]
         if unfit or args.ablation or args.config or args.trimix != "{}" or args.flags:
@@ -172,10 +180,13 @@ def configurations(args: argparse.Namespace, source: hf_model.Description, neede
         askers.connect(args.server, args.served)
         return found
     if args.ablation:
-        order = ablations.read_order(args.probe) if args.probe else None
-        found += ablations.configurations(
-            args.ablation, base, _resolve(base, args.model, source), order=order, seed=args.seed
+        varied = ablations.Base(
+            _resolve(base, args.model, source),
+            able=able_layers(source.config, trust_remote_code=args.trust_remote_code),
+            order=ablations.read_order(args.probe) if args.probe else None,
+            seed=args.seed,
         )
+        found += ablations.configurations(args.ablation, base, varied)
     for configuration in found:
         if configuration.entry is not None:
             try:
@@ -190,6 +201,15 @@ def configurations(args: argparse.Namespace, source: hf_model.Description, neede
     ]
 
 
+def _check_noise_floor(args: argparse.Namespace) -> None:
+    if args.server:
+        raise ValueError("--noise-floor: a running server cuts prompts in one way; leave --noise-floor or --server out")
+    if flag(args.flags, "--max-num-batched-tokens") == str(args.noise_floor):
+        raise ValueError(
+            f"--noise-floor: {args.noise_floor} tokens is what --max-num-batched-tokens gives stock; take another"
+        )
+
+
 def _resolve(entry: dict[str, Any], model: str, source: hf_model.Description) -> Resolved:
     text = source.config.get_text_config()
     return resolve(
@@ -200,6 +220,22 @@ def _resolve(entry: dict[str, Any], model: str, source: hf_model.Description) ->
         num_heads=text.num_attention_heads,
         text_config=text,
     )
+
+
+def able_layers(config: Any, *, trust_remote_code: bool) -> list[int]:
+    """Layers that can be triangle layers, as the model without its weights tells."""
+    # Heavy: PyTorch.
+    from vllm_trimix.hf_attention import stock_layers
+    from vllm_trimix.probing.loading import outline
+
+    text = config.get_text_config()
+    try:
+        stock = stock_layers(outline(config, trust_remote_code=trust_remote_code))
+    except ValueError:
+        # Of a model that transformers can't run: what its configuration says.
+        kinds = getattr(text, "layer_types", None) or ()
+        stock = {layer: reason for layer, kind in enumerate(kinds) if (reason := type_reason(str(kind)))}
+    return [layer for layer in range(text.num_hidden_layers) if layer not in stock]
 
 
 def _near(name: str, there: Any) -> str:

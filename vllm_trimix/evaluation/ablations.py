@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,30 @@ SHAPES: dict[str, Entry] = {
 _NUM_RANDOM = 3
 
 
-def configurations(
-    asked: Sequence[str], entry: Entry, base: Resolved, *, order: Sequence[int] | None, seed: int
-) -> list[Configuration]:
+@dataclass(frozen=True)
+class Base:
+    """What is varied.
+
+    Attributes:
+        resolved: What the base's entry means for the model.
+        able: Layers that can be triangle layers, ascending; the others stay stock in any set.
+        order: Layers by importance, the least important first, for ``num_layers``; None for the deepest first.
+        seed: Of random layers.
+    """
+
+    resolved: Resolved
+    able: Sequence[int]
+    order: Sequence[int] | None = None
+    seed: int = 0
+
+
+def configurations(asked: Sequence[str], entry: Entry, base: Base) -> list[Configuration]:
     """The configurations of ``--ablation NAME`` or ``--ablation NAME=VALUE,VALUE``.
 
     Args:
         asked: What to vary.
         entry: The base, as the user wrote it.
         base: What that means for the model.
-        order: Layers by importance, the least important first, for ``num_layers``; None for the deepest first.
-        seed: Of random layers.
 
     Raises:
         ValueError: An unknown ablation or a value that makes no sense.
@@ -54,7 +68,7 @@ def configurations(
         if any(configuration.ablation == name for configuration in found):
             raise ValueError(f"--ablation: {name!r} is asked for twice; give its values with commas between")
         chosen = [value for value in values.split(",") if value] or None
-        for value, changed in ABLATIONS[name](chosen, base, order, seed):
+        for value, changed in ABLATIONS[name](chosen, base):
             layers = {"layers", "starting_layer"} & changed.keys()
             kept = {key: old for key, old in entry.items() if not (layers and key in ("layers", "starting_layer"))}
             found.append(Configuration(f"{name}={value}", {**kept, **changed}, ablation=name, value=value))
@@ -79,52 +93,56 @@ def read_order(folder: Path) -> list[int]:
 _Variants = Iterator[tuple[str, Entry]]
 
 
-def _tokens(key: str) -> Callable[[list[str] | None, Resolved, Sequence[int] | None, int], _Variants]:
-    def variants(values: list[str] | None, *_: object) -> _Variants:
+def _tokens(key: str) -> Callable[[list[str] | None, Base], _Variants]:
+    def variants(values: list[str] | None, _: Base) -> _Variants:
         for value in DEFAULTS[key] if values is None else _whole(key, values):
             yield str(value), {key: value}
 
     return variants
 
 
-def _starting_layer(values: list[str] | None, base: Resolved, *_: object) -> _Variants:
-    step = max(1, base.num_layers // 8)
-    for first in range(0, base.num_layers, step) if values is None else _whole("starting_layer", values):
+def _starting_layer(values: list[str] | None, base: Base) -> _Variants:
+    num_layers = base.resolved.num_layers
+    for first in range(0, num_layers, max(1, num_layers // 8)) if values is None else _whole("starting_layer", values):
         yield str(first), {"starting_layer": first}
 
 
-def _num_layers(values: list[str] | None, base: Resolved, order: Sequence[int] | None, _: int) -> _Variants:
-    ranked = list(order) if order is not None else list(range(base.num_layers - 1, -1, -1))
+def _num_layers(values: list[str] | None, base: Base) -> _Variants:
+    ranked = [layer for layer in base.order if layer in base.able] if base.order is not None else [*base.able][::-1]
     step = max(1, len(ranked) // 8)
     for count in range(step, len(ranked) + 1, step) if values is None else _whole("num_layers", values):
         if count > len(ranked):
-            raise ValueError(f"--ablation: num_layers={count} is more than the {len(ranked)} layers there are")
+            raise ValueError(
+                f"--ablation: num_layers={count} is more than the {len(ranked)} layers that can be triangle layers"
+            )
         yield str(count), {"layers": format_layers(tuple(sorted(ranked[:count])))}
 
 
-def _random_layers(values: list[str] | None, base: Resolved, _: object, seed: int) -> _Variants:
+def _random_layers(values: list[str] | None, base: Base) -> _Variants:
     """Random sets as large as the base's: what a chosen set has to beat."""
     numbers = list(range(_NUM_RANDOM)) if values is None else _whole("random_layers", values)
-    rng = random.Random(seed)
+    rng = random.Random(base.seed)
+    chosen = tuple(layer for layer in base.resolved.layers if layer in base.able)
     drawn: list[tuple[int, ...]] = []
     for _ in range(100 * (max(numbers) + 1)):
-        layers = tuple(sorted(rng.sample(range(base.num_layers), len(base.layers))))
-        if layers not in (*drawn, base.layers):
+        layers = tuple(sorted(rng.sample(base.able, len(chosen))))
+        if layers not in (*drawn, chosen):
             drawn.append(layers)
     for number in numbers:
         if number >= len(drawn):
             raise ValueError(
-                f"--ablation: random_layers={number}: there are {len(drawn)} other sets of {len(base.layers)} layers"
+                f"--ablation: random_layers={number}: of the {len(base.able)} layers that can be triangle layers there "
+                f"are {len(drawn)} other sets of {len(chosen)}; ask fewer, or leave random_layers out"
             )
         yield str(number), {"layers": format_layers(drawn[number])}
 
 
-def _shape(values: list[str] | None, *_: object) -> _Variants:
+def _shape(values: list[str] | None, _: Base) -> _Variants:
     for value in _known("shape", SHAPES, values):
         yield value, SHAPES[value]
 
 
-def _static(values: list[str] | None, base: Resolved, *_: object) -> _Variants:
+def _static(values: list[str] | None, _: Base) -> _Variants:
     """Published baselines that use one fixed pattern in all layers: StreamingLLM's is the A-shape."""
     everywhere = {f"{name}_everywhere": {**keys, "starting_layer": 0} for name, keys in SHAPES.items()}
     for value in _known("static", everywhere, values):
@@ -145,7 +163,7 @@ def _whole(ablation: str, values: list[str]) -> list[int]:
     return [int(value) for value in values]
 
 
-ABLATIONS: dict[str, Callable[[list[str] | None, Resolved, Sequence[int] | None, int], _Variants]] = {
+ABLATIONS: dict[str, Callable[[list[str] | None, Base], _Variants]] = {
     "last_n": _tokens("last_n"),
     "n_init": _tokens("n_init"),
     "n_local": _tokens("n_local"),

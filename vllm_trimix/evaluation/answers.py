@@ -25,7 +25,7 @@ class Answer:
         text: The answer.
         score: 0 to 1, or nats a token for perplexity; None for agreement, which needs the dense answer, and for errors.
         seconds: To the first token, None where it wasn't measured.
-        tokens: Of the answer, for agreement.
+        tokens: Of the answer, for agreement and long answers.
         likeliest: For each of them the likeliest tokens and their log-probabilities, for agreement.
         error: Why there is no answer.
     """

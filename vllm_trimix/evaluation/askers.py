@@ -68,7 +68,7 @@ class EngineAsker:
         stock = configuration.entry is None
         job = {
             "model": model,
-            "flags": flags,
+            "flags": [*flags, *configuration.flags],
             "trimix": configuration.entry,
             "max_model_len": max_model_len,
             "max_logprobs": NUM_LOGPROBS,
@@ -104,6 +104,7 @@ class EngineAsker:
                 "tokens": sample.prompt,
                 "max_tokens": sample.max_tokens,
                 "special_tokens": bool(sample.thought_end),
+                "keep_tokens": sample.keeps_tokens,
                 **_READ.get(sample.measure, {}),
             }
             for sample in samples
@@ -226,6 +227,8 @@ class ServerAsker:
         if sample.thought_end:
             # It may be a special token.
             extra["skip_special_tokens"] = False
+        if sample.keeps_tokens:
+            extra["return_token_ids"] = True
         asked: dict[str, Any] = {
             "model": self._model,
             "prompt": list(sample.prompt),
@@ -245,11 +248,13 @@ class ServerAsker:
 
     def _answer(self, asked: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         start, seconds, text = time.perf_counter(), None, ""
+        tokens: list[int] = []
         for part in self._client.completions.create(**asked, stream=True, extra_body=extra):
             if seconds is None:
                 seconds = time.perf_counter() - start
             text += "".join(choice.text or "" for choice in part.choices)
-        return {"text": text, "seconds": seconds}
+            tokens += [token for choice in part.choices for token in getattr(choice, "token_ids", None) or ()]
+        return {"text": text, "seconds": seconds, "tokens": tokens}
 
     def _nll(self, asked: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         completion = self._client.completions.create(**asked, extra_body={**extra, "prompt_logprobs": 0})

@@ -17,12 +17,17 @@ from vllm_trimix.evaluation.statistics import (
     divergence,
     mean_difference,
     paired_difference,
+    repetition,
     shared_prefix,
 )
 from vllm_trimix.measurement.intervals import median_interval
 
 SOLVED = 0.2
 """Where stock scores less on average, the model can't do the task, and a comparison says little."""
+
+
+PLACES = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Tokens of an answer up to which agreement with stock is counted."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,9 @@ class Result:
         depths: Mean score by depth, where that varies.
         kl_first, kl: Mean divergence from stock of the first answer token, and of all tokens after the same answer so
             far, in nats; for agreement.
+        agrees: Share of the answers whose first tokens are stock's, by how many tokens, up to the longest answer; an
+            answer that ends before counts as a whole. Where tokens are kept.
+        repeated: Mean share of an answer's runs of four tokens that stood in it before, where tokens are kept.
         source: Where the prompts come from.
         comparable: Whether scores may be held against published ones.
     """
@@ -63,6 +71,8 @@ class Result:
     depths: dict[str, float] = field(default_factory=dict)
     kl_first: float | None = None
     kl: float | None = None
+    agrees: dict[str, float] = field(default_factory=dict)
+    repeated: float | None = None
     source: str = "own"
     comparable: bool = False
 
@@ -143,6 +153,10 @@ def _result(
         depths={depth: statistics.fmean(values) for depth, values in sorted(depths.items(), key=_by_number)},
         kl_first=statistics.fmean(first for first, _ in divergences) if other and divergences else None,
         kl=statistics.fmean(every for _, every in divergences) if other and divergences else None,
+        agrees=_agrees(pairs) if other else {},
+        repeated=statistics.fmean(repetition(mine.tokens) for mine, _ in pairs)
+        if pairs and pairs[0][0].tokens
+        else None,
         source=any_answer.source,
         comparable=any_answer.comparable,
     )
@@ -165,6 +179,15 @@ def score_of(answer: Answer, dense: Answer) -> float:
         return shared_prefix(answer.tokens, dense.tokens) / max(1, len(answer.tokens), len(dense.tokens))
     assert answer.score is not None
     return answer.score
+
+
+def _agrees(pairs: Sequence[tuple[Answer, Answer]]) -> dict[str, float]:
+    longest = max(max(len(mine.tokens), len(dense.tokens)) for mine, dense in pairs)
+    return {
+        str(place): statistics.fmean(mine.tokens[:place] == dense.tokens[:place] for mine, dense in pairs)
+        for place in PLACES
+        if place <= longest
+    }
 
 
 def _divergences(answer: Answer, dense: Answer) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from vllm_trimix.config.entry import parse_config
 
 STOCK = "stock"
 TRIMIX = "trimix"
+NOISE_FLOOR = "noise-floor"
 DEFAULT = (STOCK, TRIMIX)
 
 
@@ -26,17 +27,25 @@ class Configuration:
         entry: The ``trimix`` entry; None for stock vLLM.
         ablation: The parameter that it varies, empty for none.
         value: What that parameter is here, as text.
+        flags: Engine flags of its own.
     """
 
     name: str
     entry: dict[str, Any] | None
     ablation: str = ""
     value: str = ""
+    flags: tuple[str, ...] = ()
 
     @property
     def settings(self) -> str:
-        """A hash of the entry."""
-        return hashlib.sha256(json.dumps(self.entry, sort_keys=True).encode()).hexdigest()[:16]
+        """A hash of the entry, and of flags of its own."""
+        content = json.dumps(self.entry, sort_keys=True) + "".join(f" {flag}" for flag in self.flags)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def noise_floor(tokens: int) -> Configuration:
+    """Stock again, in prompt chunks of so many tokens: what rounding alone changes."""
+    return Configuration(NOISE_FLOOR, None, flags=("--max-num-batched-tokens", str(tokens)))
 
 
 def parse(names: str, entry: dict[str, Any], more: Sequence[str]) -> list[Configuration]:

@@ -46,6 +46,8 @@ def markdown(evaluation: Evaluation, pictures: Sequence[str]) -> str:
 
 
 def _what(configuration: Configuration, facts: dict[str, Any] | None) -> str:
+    if configuration.flags:
+        return f"stock vLLM again with `{' '.join(configuration.flags)}`: what two runs of it differ by"
     if configuration.entry is None:
         return "stock vLLM, the plugin not loaded" if not (facts or {}).get("server") else "requests opted out"
     if facts and facts.get("start_line"):
@@ -122,6 +124,28 @@ def _tables(evaluation: Evaluation, configuration: Configuration) -> list[str]:
             dense, mine, by = mean
             cells = ["*mean of tasks*", str(length), "", points(dense), points(mine), interval(by), by.verdict]
             lines.append(f"| {' | '.join(cells + [''] * (len(columns) - len(cells)))} |")
+    return [*lines, "", *_by_place(found, stock)]
+
+
+def _by_place(found: Sequence[Result], stock: dict[tuple[str, int], Result]) -> list[str]:
+    """Where answers part from stock's, and how much of them is repeated."""
+    kept = [r for r in found if r.agrees]
+    if not kept:
+        return []
+    places = sorted({place for r in kept for place in r.agrees}, key=int)
+    columns = ["task", "tokens", *(f"first {place}" for place in places), "repeated, stock", "repeated"]
+    lines = [
+        "Share of the answers whose first tokens are stock's, and share of the runs of four tokens that stood in the "
+        "answer before (%).",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+    ]
+    for result in kept:
+        repeated = [r.repeated if r else None for r in (stock.get((result.task, result.length)), result)]
+        shares = [*(result.agrees.get(place) for place in places), *repeated]
+        cells = ["" if share is None else points(share) for share in shares]
+        lines.append(f"| {' | '.join([result.task, str(result.length), *cells])} |")
     return [*lines, ""]
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from vllm_trimix.evaluation import forms
+
 NUM_LOGPROBS = 20
 """Likeliest tokens whose probabilities are compared; as many as vLLM's server gives by default."""
 
@@ -41,6 +43,7 @@ class Sample:
         source: Where the data comes from, e.g. ``lm-eval 0.4.13`` or ``own``.
         comparable: Whether scores may be held against published ones of this task.
         thought_end: What ends the thought that the answer begins with; empty where it begins with none.
+        keeps_tokens: Whether the answer's tokens are kept, to be held against stock's.
     """
 
     task: str
@@ -55,6 +58,7 @@ class Sample:
     source: str = "own"
     comparable: bool = False
     thought_end: str = ""
+    keeps_tokens: bool = False
 
     @property
     def name(self) -> str:
@@ -67,6 +71,7 @@ class Sample:
         """A hash of all that decides the answer and its score."""
         content: tuple[object, ...] = (self.prompt, self.references, self.metric, self.max_tokens, str(self.measure))
         content += (self.thought_end,) if self.thought_end else ()
+        content += (self.keeps_tokens,) if self.keeps_tokens else ()
         return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
     def spoken(self, answer: str) -> str:
@@ -102,4 +107,7 @@ METRICS: dict[str, Callable[[str, tuple[str, ...]], float]] = {
     "any": _any,
     "first_number": _first_number,
     "first_word": _first_word,
+    "copied_lines": forms.copied_lines,
+    "numbered_lines": forms.numbered_lines,
+    "headings": forms.headings,
 }

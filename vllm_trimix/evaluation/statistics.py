@@ -113,6 +113,12 @@ def _shared_out(weights: Sequence[float], rest: float, amount: float, cap: float
     return shares
 
 
+def repetition(tokens: Sequence[int], size: int = 4) -> float:
+    """Share of the runs of ``size`` tokens that stood in the answer before; 0 where it is shorter."""
+    runs = [tuple(tokens[place : place + size]) for place in range(len(tokens) - size + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
 def shared_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     """Tokens that two answers begin with alike."""
     for place, (one, other) in enumerate(zip(first, second, strict=False)):

@@ -29,6 +29,7 @@ class Context:
         template_arguments: The user's, of the chat template; thinking is off without any.
         depths: Where answers lie, 0 to 1, for tasks that vary it.
         prompts: The user's file of prompts, for ``agreement``.
+        documents: The user's long texts, for ``agreement``.
         text: The user's text file, for ``ppl``.
         thought_end: What ends the thought that answers begin with; empty where they begin with none.
         made: Told how many samples of a task and length there are so far.
@@ -42,6 +43,7 @@ class Context:
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     depths: tuple[float, ...] = ()
     prompts: Path | None = None
+    documents: tuple[Path, ...] = ()
     text: Path | None = None
     thought_end: str = ""
     made: Callable[[int], None] = field(default=lambda count: None, compare=False)

@@ -53,8 +53,8 @@ def answer(engine: Any, message: dict[str, Any]) -> dict[str, Any]:
     """Runs the prompts of a message together; an answer each, in their order, under ``answers``.
 
     A prompt has ``tokens`` and ``max_tokens``, and may have ``nll`` (true: its own tokens are scored), ``logprobs``
-    (so many of the likeliest tokens at each place of the answer) and ``special_tokens`` (true: the text has them). One
-    that vLLM refuses is answered with the key ``error``.
+    (so many of the likeliest tokens at each place of the answer), ``special_tokens`` (true: the text has them) and
+    ``keep_tokens`` (true: the answer's tokens come too). One that vLLM refuses is answered with the key ``error``.
     """
     answers: list[dict[str, Any]] = [{} for _ in message["prompts"]]
     waiting = {}
@@ -97,9 +97,10 @@ def _read(output: Any, prompt: dict[str, Any]) -> dict[str, Any]:
         flat = output.prompt_logprobs
         scored = [flat.logprobs[flat.start_indices[place]] for place in range(1, len(output.prompt_token_ids))]
         found["nll"] = -sum(scored) / len(scored)
+    if prompt.get("keep_tokens") or prompt.get("logprobs"):
+        found["tokens"] = list(completion.token_ids)
     if prompt.get("logprobs"):
         flat = completion.logprobs
-        found["tokens"] = list(completion.token_ids)
         found["likeliest"] = [
             [[token, round(value, 5)] for token, value in _at(flat, place)] for place in range(len(found["tokens"]))
         ]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vllm_trimix.demo.prompts import DemoPrompt, make_demo_prompt
-from vllm_trimix.evaluation import haystack, making
+from vllm_trimix.evaluation import haystack, making, passages
 from vllm_trimix.evaluation.languages import ENGLISH, RECORDS, VAULT
 from vllm_trimix.evaluation.making import Asked, Write, generator
 from vllm_trimix.evaluation.own_languages import ANSWER_TOKENS, records, vault
@@ -39,8 +39,9 @@ _KINDS: tuple[Write, ...] = (_drawn("kv_retrieval"), _drawn("multi_needle"), _su
 
 def _prompts(context: Context, length: int, count: int) -> list[Sample]:
     """The user's, or retrieval from pairs and from prose, and summaries, by turns."""
-    if context.prompts is not None:
-        return _given(context, context.prompts, length, count)
+    given = _of_the_user(context, length, count)
+    if given is not None:
+        return given
 
     def write(seed: str, size: int, depth: float | None) -> Asked:
         return _KINDS[int(seed.split()[-1]) % len(_KINDS)](seed, size, depth)
@@ -48,6 +49,13 @@ def _prompts(context: Context, length: int, count: int) -> list[Sample]:
     return making.fill(
         context, "prompts", length, count, write, least=8, max_tokens=_MAX_TOKENS, measure=Measure.AGREEMENT
     )
+
+
+def _of_the_user(context: Context, length: int, count: int) -> list[Sample] | None:
+    """From the files that the user names; None where there are none."""
+    if context.prompts is not None:
+        return _given(context, context.prompts, length, count)
+    return passages.samples(context, "prompts", length, count) if context.documents else None
 
 
 def _given(context: Context, path: Path, length: int, count: int) -> list[Sample]:
@@ -74,8 +82,9 @@ def _compared(make: MakeSamples) -> MakeSamples:
     """The same prompts, compared instead of scored."""
 
     def compared(context: Context, length: int, count: int) -> list[Sample]:
-        if context.prompts is not None:
-            return _given(context, context.prompts, length, count)
+        given = _of_the_user(context, length, count)
+        if given is not None:
+            return given
         # An answer takes more room here: the documents are those of a shorter length.
         return [
             replace(
@@ -94,7 +103,7 @@ def _by_turns(tokens: int, seed: str, depth: float | None) -> DemoPrompt:
 
 AGREEMENT = Suite(
     name="agreement",
-    summary="agreement with dense attention on your prompts (--prompts FILE) or generated ones",
+    summary="agreement with dense attention on your prompts (--prompts FILE), long texts or generated prompts",
     tasks={
         ENGLISH: {"prompts": _prompts},
         VAULT: {"prompts": _compared(vault("prompts", _by_turns))},

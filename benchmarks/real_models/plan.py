@@ -1,0 +1,289 @@
+"""What the pretrained models are asked: the stages of the evaluation as data, the most telling ones first.
+
+A stage is one call of ``vllm-trimix eval``. Screening asks stock alone a few prompts of every task; a task goes on to
+the stages that carry a claim, and to longer prompts, only where stock solves it often enough.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from enum import StrEnum
+
+from vllm_trimix.config.layers import format_layers
+
+ENGINE_FLAGS = ("--dtype", "float32", "--enforce-eager")
+"""CPUs of this kind compute twice as fast in fp32 as in bf16, and compiling takes a minute an engine."""
+SHAPE = {"n_init": 8, "n_local": 512, "last_n": 128, "min_prompt_len": 0}
+"""The published triangle, at every length."""
+SCREENED, SOLVED = 10, 0.2
+"""Prompts of a screening, and the mean score of stock from which on a task at a length is worth more."""
+CLAIMED = 50
+"""Prompts of a cell that carries a claim."""
+NOISE_CHUNK = 512
+"""Tokens of a chunk of the other stock run, which shows how far rounding alone carries answers apart."""
+K = 1024
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model and what its work takes here.
+
+    Attributes:
+        folder: Of ``benchmarks/real_models/pinned.py``.
+        short: What names of stages and folders begin with.
+        layers: Those that can be triangle layers, ascending.
+        chosen: Triangle layers unless a preset file names others.
+        prefill: Seconds of a prompt by its tokens, on one core.
+        token: Seconds of an answer's token.
+        start: Seconds until an engine answers.
+    """
+
+    folder: str
+    short: str
+    layers: tuple[int, ...]
+    chosen: str
+    prefill: dict[int, float]
+    token: float
+    start: float
+
+
+SMOLLM2 = Model("smollm2-135m", "smollm2", tuple(range(30)), "20-29", {2 * K: 4.4, 4 * K: 11, 8 * K: 32}, 0.01, 25)
+GEMMA = Model("gemma3-270m", "gemma", (5, 11, 17), "5,11,17", {4 * K: 8, 8 * K: 19, 16 * K: 48, 32 * K: 140}, 0.015, 30)
+MODELS = (SMOLLM2, GEMMA)
+
+
+class Rule(StrEnum):
+    """Which of a suite's tasks a stage asks."""
+
+    SCREEN = "screen"
+    """Those that stock solved at every shorter length, by stock alone."""
+    SOLVED = "solved"
+    """Those that stock solved at this length's screening."""
+    NAMED = "named"
+    """Those that the stage names; all if it names none."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One call of ``vllm-trimix eval``.
+
+    Attributes:
+        name: Of the stage.
+        model: Who is asked.
+        suite: Of the command.
+        length: Tokens of prompt and answer.
+        priority: Stages run in ascending order.
+        samples: Prompts of each task, and of each depth.
+        rule: Which tasks.
+        tasks: Names of tasks, in order of preference for ``most``.
+        most: At most so many tasks.
+        trimix: Whether the triangle is asked, besides stock.
+        noise_floor: Whether stock is asked a second time, in other chunks.
+        ablations: As ``--ablation`` takes them.
+        sets: Names and layers of more triangles.
+        folder: Where answers go; stages of a folder share those of stock.
+        answer: Tokens of an answer, about, for the estimate.
+        prompts: Prompts of a task, for the estimate, where that isn't ``samples``.
+    """
+
+    name: str
+    model: Model
+    suite: str
+    length: int
+    priority: int
+    samples: int
+    rule: Rule = Rule.NAMED
+    tasks: tuple[str, ...] = ()
+    most: int | None = None
+    trimix: bool = True
+    noise_floor: bool = False
+    ablations: tuple[str, ...] = ()
+    sets: tuple[tuple[str, str], ...] = ()
+    folder: str = ""
+    answer: int = 40
+    prompts: int | None = None
+
+    @property
+    def configurations(self) -> int:
+        """Engines that the stage starts, about."""
+        values = [len(ablation.partition("=")[2].split(",")) for ablation in self.ablations]
+        return 1 + self.trimix + self.noise_floor + sum(values) + len(self.sets)
+
+    def seconds(self, tasks: int) -> float:
+        """What it takes on one core, about.
+
+        Args:
+            tasks: How many tasks it asks.
+        """
+        each = self.model.prefill[self.length] + self.answer * self.model.token
+        return self.configurations * (self.model.start + tasks * (self.prompts or self.samples) * each)
+
+
+NEEDLE_DEPTHS = 11
+_PREFERRED = ("niah_single_2", "niah_single_1", "niah_multikey_1", "niah_multiquery", "vt", "qa_1", "passkey")
+
+
+def _screens(model: Model, length: int, priority: int, *, most: int | None = None) -> list[Stage]:
+    return [
+        Stage(
+            f"{model.short}-screen-{suite}-{length // K}k",
+            *(model, suite, length, priority, SCREENED, Rule.SCREEN),
+            tasks=_PREFERRED,
+            most=most,
+            trimix=False,
+            folder=f"{model.short}-{suite}",
+        )
+        for suite in ("ruler", "retrieval")
+    ]
+
+
+def _claims(
+    model: Model, length: int, priority: int, *, samples: int = CLAIMED, most: int | None = None
+) -> list[Stage]:
+    return [
+        Stage(
+            f"{model.short}-{suite}-{length // K}k",
+            *(model, suite, length, priority, samples, Rule.SOLVED),
+            tasks=_PREFERRED,
+            most=most,
+            folder=f"{model.short}-{suite}",
+        )
+        for suite in ("ruler", "retrieval")
+    ]
+
+
+def _needle(model: Model, length: int, priority: int, samples: int) -> Stage:
+    return Stage(
+        f"{model.short}-niah-{length // K}k",
+        *(model, "niah", length, priority, samples),
+        folder=f"{model.short}-niah",
+        prompts=NEEDLE_DEPTHS * samples,
+    )
+
+
+def _documents(model: Model, length: int, priority: int, samples: int) -> Stage:
+    return Stage(
+        f"{model.short}-documents-{length // K}k",
+        *(model, "agreement", length, priority, samples),
+        noise_floor=True,
+        folder=f"{model.short}-documents",
+        answer=64,
+    )
+
+
+def _text(model: Model, suite: str, length: int, priority: int, samples: int, answer: int) -> Stage:
+    return Stage(
+        f"{model.short}-{suite}-{length // K}k",
+        *(model, suite, length, priority, samples),
+        noise_floor=True,
+        folder=f"{model.short}-{suite}",
+        answer=answer,
+    )
+
+
+def random_sets(model: Model, counts: tuple[int, ...], each: int) -> tuple[tuple[str, str], ...]:
+    """Sets of so many layers that can be triangle layers, drawn once and for all, by name."""
+    rng = random.Random(0)
+    return tuple(
+        (f"random-{count}-{number}", format_layers(tuple(sorted(rng.sample(model.layers, count)))))
+        for count in counts
+        for number in range(each)
+    )
+
+
+# Without the values of the base, which is asked as `trimix`.
+_LAST_N = "last_n=0,1,4,16,64,256,512"
+_N_LOCAL = "n_local=64,128,256,1024"
+_SHAPES = "shape=a_shape,last_rows,window"
+_RANDOM = "random_layers=0,1,2,3,4"
+_COUNTS = tuple(range(3, 31, 3))
+_GEMMA_SETS = tuple((f"layers-{layers.replace(',', '-')}", layers) for layers in ("5", "11", "17", "5,11", "11,17"))
+
+
+def _ablation(name: str, model: Model, suite: str, priority: int, samples: int, **fields: object) -> Stage:
+    length = min(model.prefill)
+    stage = Stage(f"{model.short}-{name}", model, suite, length, priority, samples, folder=f"{model.short}-{name}")
+    return Stage(**{**stage.__dict__, **fields})
+
+
+STAGES: tuple[Stage, ...] = (
+    *_screens(SMOLLM2, 2 * K, 10),
+    *_screens(GEMMA, 4 * K, 10),
+    _documents(SMOLLM2, 2 * K, 11, 20),
+    _documents(GEMMA, 4 * K, 11, 20),
+    _needle(SMOLLM2, 2 * K, 12, 5),
+    *_claims(SMOLLM2, 2 * K, 13),
+    _ablation(
+        "layers",
+        *(SMOLLM2, "agreement", 14, 10),
+        ablations=("num_layers=" + ",".join(map(str, _COUNTS)),),
+        sets=random_sets(SMOLLM2, (3, 6, 9, 15, 21, 27), 3),
+        noise_floor=True,
+        answer=64,
+    ),
+    _ablation(
+        "shape",
+        *(SMOLLM2, "agreement", 14, 10),
+        ablations=(_LAST_N, _N_LOCAL, _SHAPES, _RANDOM),
+        noise_floor=True,
+        answer=64,
+    ),
+    _needle(GEMMA, 4 * K, 15, 5),
+    *_claims(GEMMA, 4 * K, 15),
+    _ablation(
+        "shape",
+        *(GEMMA, "agreement", 16, 8),
+        ablations=("last_n=0,1,16,512", "n_local=64,1024", _SHAPES),
+        sets=_GEMMA_SETS,
+        noise_floor=True,
+        answer=64,
+    ),
+    _ablation(
+        "needle-ablation",
+        *(SMOLLM2, "niah", 17, 1),
+        ablations=(
+            "num_layers=6,12,18,24,30",
+            "last_n=0,1,16,64,256",
+            "n_local=64,256,1024",
+            "shape=a_shape,last_rows",
+            "random_layers=0,1,2",
+        ),
+        prompts=NEEDLE_DEPTHS,
+    ),
+    _ablation(
+        "needle-ablation",
+        *(GEMMA, "niah", 17, 1),
+        ablations=("last_n=0,16,64", "shape=a_shape,last_rows"),
+        sets=_GEMMA_SETS,
+        prompts=NEEDLE_DEPTHS,
+    ),
+    _text(SMOLLM2, "long", 2 * K, 18, 8, 512),
+    _text(SMOLLM2, "ppl", 2 * K, 18, 10, 1),
+    _text(GEMMA, "ppl", 4 * K, 18, 10, 1),
+    *_screens(SMOLLM2, 4 * K, 20),
+    _documents(SMOLLM2, 4 * K, 20, 20),
+    _needle(SMOLLM2, 4 * K, 21, 5),
+    *_claims(SMOLLM2, 4 * K, 22),
+    _ablation(
+        "task-ablation",
+        *(SMOLLM2, "ruler", 23, 10),
+        rule=Rule.SOLVED,
+        tasks=_PREFERRED,
+        most=2,
+        ablations=("num_layers=6,12,18,24,30", "last_n=0,16", "shape=a_shape,last_rows", "random_layers=0,1,2"),
+    ),
+    _documents(SMOLLM2, 8 * K, 24, 10),
+    *_screens(GEMMA, 8 * K, 25, most=4),
+    _documents(GEMMA, 8 * K, 25, 10),
+    _needle(GEMMA, 8 * K, 26, 2),
+    *_claims(GEMMA, 8 * K, 27, most=2),
+    _needle(SMOLLM2, 8 * K, 30, 5),
+    *_screens(SMOLLM2, 8 * K, 31, most=2),
+    *_claims(SMOLLM2, 8 * K, 32, most=1),
+    _text(SMOLLM2, "ppl", 8 * K, 33, 5, 1),
+    _documents(GEMMA, 16 * K, 34, 6),
+    _needle(GEMMA, 16 * K, 35, 1),
+    _documents(GEMMA, 32 * K, 36, 4),
+    _needle(GEMMA, 32 * K, 37, 1),
+)
