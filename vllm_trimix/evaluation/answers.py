@@ -117,7 +117,7 @@ class Answers:
         try:
             before = json.loads(lines[0])
             entries = [json.loads(line) for line in lines[1:-1] if line]
-            answers = [_parse(entry) for entry in entries if "facts" not in entry]
+            answers = [parse(entry) for entry in entries if "facts" not in entry]
             self.facts = {entry["configuration"]: entry["facts"] for entry in entries if "facts" in entry}
         except (ValueError, TypeError, AttributeError, KeyError):
             raise ValueError(
@@ -183,7 +183,12 @@ class Answers:
         self._begun = True
 
 
-def _parse(entry: dict[str, Any]) -> Answer:
+def parse(entry: dict[str, Any]) -> Answer:
+    """An answer from its line; what was left out as empty is empty.
+
+    Raises:
+        TypeError: Keys are missing, or others than an answer's.
+    """
     for key in ("references", "tokens"):
         entry[key] = tuple(entry.get(key, ()))
     entry["likeliest"] = tuple(

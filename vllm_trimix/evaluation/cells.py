@@ -190,10 +190,15 @@ def _agrees(pairs: Sequence[tuple[Answer, Answer]]) -> dict[str, float]:
     }
 
 
-def _divergences(answer: Answer, dense: Answer) -> tuple[float, float]:
-    """Of the first token, and the mean over all tokens that follow the same answer so far."""
+def divergences(answer: Answer, dense: Answer) -> list[float]:
+    """Of each token that follows the same answer so far, in nats."""
     count = min(shared_prefix(answer.tokens, dense.tokens) + 1, len(answer.likeliest), len(dense.likeliest))
-    values = [divergence(dense.likeliest[place], answer.likeliest[place]) for place in range(count)]
+    return [divergence(dense.likeliest[place], answer.likeliest[place]) for place in range(count)]
+
+
+def _divergences(answer: Answer, dense: Answer) -> tuple[float, float]:
+    """Of the first token, and the mean."""
+    values = divergences(answer, dense)
     return (values[0], statistics.fmean(values)) if values else (0.0, 0.0)
 
 
