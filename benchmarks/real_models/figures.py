@@ -24,7 +24,7 @@ _LEAST = 1e-10
 def draw(folder: Path, found: Found) -> dict[str, str]:
     """Draws what there is data for; returns the files' names by part of the page."""
     drawn = {}
-    for part, name, picture in _PICTURES:
+    for part, name, picture in PICTURES:
         figure = picture(found)
         if figure is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ def by_place(kept: Kept, task: str, configuration: str) -> list[float]:
     return [100 * statistics.fmean(place <= shared for shared in agree) for place in range(1, longest + 1)]
 
 
-_PICTURES: tuple[tuple[str, str, Callable[[Found], Any]], ...] = (
+PICTURES: tuple[tuple[str, str, Callable[[Found], Any]], ...] = (
     ("tasks", "lossless-tasks.png", _tasks),
     ("layers", "lossless-layers.png", _layers),
     ("shape", "lossless-parts.png", _parts),

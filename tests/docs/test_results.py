@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.docs.reading import ROOT, prose, rows, section
+from benchmarks.kernels.generated import fill
+from benchmarks.real_models import figures, report, results, tables
+from tests.docs.reading import PAGES, ROOT, prose, rows, section
 from vllm_trimix.evaluation.statistics import paired_difference
 
 RESULTS = sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
@@ -34,7 +37,7 @@ def test_a_result_names_its_machine_and_keeps_its_samples(path: Path) -> None:
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", result["date"])
         assert environment["hardware"]
         assert environment["versions"]["vllm"]
-        _check_scores(result, path.with_name("answers.jsonl"))
+        _check_scores(result, path.parent)
         return
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", environment["date"])
     assert environment["cpu"] or environment["gpu"]
@@ -51,9 +54,12 @@ def test_a_result_names_its_machine_and_keeps_its_samples(path: Path) -> None:
             assert row["samples"], row
 
 
-def _check_scores(result: dict[str, Any], path: Path) -> None:
-    """Each cell's score is the mean of the answers that are kept beside it."""
-    entries = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+def _check_scores(result: dict[str, Any], folder: Path) -> None:
+    """Each cell's score is the mean of the answers that are kept beside it; so is a divergence, where that is kept."""
+    packed = folder / "answers.jsonl.gz"
+    lines = gzip.decompress(packed.read_bytes()).decode() if packed.exists() else (folder / "answers.jsonl").read_text()
+    # Those that aren't packed begin with what they are of.
+    entries = [json.loads(line) for line in lines.splitlines()[0 if packed.exists() else 1 :]]
     answers = [entry for entry in entries if "facts" not in entry]
     for cell in result["cells"]:
         keys = ("task", "length", "configuration")
@@ -61,6 +67,9 @@ def _check_scores(result: dict[str, Any], path: Path) -> None:
         assert len(mine) == cell["n"] > 0
         if cell["measure"] != "agreement":
             assert sum(answer["score"] for answer in mine) / len(mine) == pytest.approx(cell["score"])
+        elif packed.exists() and "kl" in cell:
+            means = [sum(answer["kl"]) / len(answer["kl"]) for answer in mine]
+            assert sum(means) / len(means) == pytest.approx(cell["kl"], rel=1e-2, abs=1e-12)
 
 
 def test_the_readme_table_is_the_recorded_one() -> None:
@@ -81,8 +90,8 @@ def test_the_readme_table_is_the_recorded_one() -> None:
         assert bound == ("" if mine["pair_bound"] is None else f"{mine['pair_bound']:.2f}")
 
 
-def test_the_readme_quotes_evaluations_right() -> None:
-    text = section("README.md", "## Is it lossless?")
+def test_the_measurements_quote_evaluations_right() -> None:
+    text = section("docs/measurements.md", "## What the mask costs")
     [folder] = re.findall(r"`(benchmarks/results/[\w.-]+-eval)`", text)
     table = re.findall(
         r"^\| (circuit|small trained).*? \| (`.*?`) \| [^|]+ \| (\d+) \| ([\d.]+) \| ([\d.]+) \| (.*?) \|$",
@@ -106,12 +115,6 @@ def test_the_readme_quotes_evaluations_right() -> None:
         assert f"{100 * sum(mine) / len(mine):.1f}" == trimix
         found = paired_difference(mine, dense)
         assert interval == f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
-    _check_perplexity(text, folder)
-
-
-def test_the_measurements_quote_evaluations_right() -> None:
-    text = section("docs/measurements.md", "## What the mask costs")
-    [folder] = re.findall(r"`(benchmarks/results/[\w.-]+-eval)`", text)
     _check_perplexity(text, folder)
 
 
@@ -140,3 +143,12 @@ def test_the_measurements_quote_dynamic_patterns_right() -> None:
             figures = [float(figure) for figure in re.findall(r"[\d.]+", cell)]
             expected = [row[key] for key in ("ratio_to_stock", "density") if row[key] is not None]
             assert figures == pytest.approx(expected, abs=5.1e-3)
+
+
+def test_the_pages_show_what_is_kept_of_pretrained_models() -> None:
+    page = PAGES["docs/is-it-lossless.md"]
+    [folder] = re.findall(r"generated from `(benchmarks/results/[\w.-]+-real-models)`", prose(page))
+    found = results.read(ROOT / folder)
+    drawn = {part: name for part, name, _ in figures.PICTURES if (ROOT / "docs" / "figures" / name).exists()}
+    assert fill(page, report.parts(found, drawn)) == page
+    assert fill(PAGES["README.md"], {"real-models": tables.summary(found)}) == PAGES["README.md"]
