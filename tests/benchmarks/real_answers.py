@@ -24,7 +24,7 @@ def put(folder: Path, suite: str, said: Iterable[tuple[str, Sample, dict[str, An
     """Answers of a folder, and what their configurations ran."""
     about = {"kind": "evaluation", "suite": suite, "model": "m", "engine flags": [], "asked": "engine", "seed": 1}
     answers = Answers(folder, {**about, "chat": False})
-    names = {}
+    names: dict[str, None] = {}
     for name, sample, answer in said:
         answers.put([answer_of(name, "s", sample, answer)])
         names[name] = None
