@@ -125,6 +125,7 @@ def command(stage: Stage, tasks: Sequence[str], setting: Setting) -> list[str]:
     words += ["--samples", str(stage.samples), "--output", str(setting.output / stage.folder)]
     if tuple(tasks) != screening.all_tasks(stage.suite):
         words += ["--tasks", ",".join(tasks)]
+    words += ["--depths", ",".join(f"{depth:g}" for depth in stage.depths)] if stage.depths else []
     entry = setting.entry(stage.model)
     words += ["--configs", "stock,trimix" if stage.trimix else "stock"]
     words += ["--trimix", json.dumps(entry)] if stage.trimix else []
@@ -147,7 +148,7 @@ def listing(stages: Sequence[Stage], setting: Setting) -> list[str]:
     """A line a stage, and the sum of what is left."""
     left, lines = 0.0, []
     for stage in stages:
-        names = screening.tasks(stage, screening.scores(setting.output / stage.folder))
+        names = screening.tasks(stage, screening.scores(setting.output / stage.screening))
         seconds = stage.seconds(len(names))
         is_done = bool(names) and _is_done(setting, stage, command(stage, names, setting))
         left += seconds if names and not is_done else 0
@@ -174,7 +175,7 @@ def run(stages: Sequence[Stage], setting: Setting, *, seconds: float | None) -> 
     end = None if seconds is None else time.monotonic() + seconds
     failed = []
     for stage in stages:
-        names = screening.tasks(stage, screening.scores(setting.output / stage.folder))
+        names = screening.tasks(stage, screening.scores(setting.output / stage.screening))
         if not names:
             _say(f"{stage.name}: stock solves none of its tasks at shorter lengths, or they aren't screened yet")
             continue

@@ -7,10 +7,12 @@ the stages that carry a claim, and to longer prompts, only where stock solves it
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from vllm_trimix.config.layers import format_layers
+from vllm_trimix.evaluation.suites.niah import DEPTHS
 
 ENGINE_FLAGS = ("--dtype", "float32", "--enforce-eager")
 """CPUs of this kind compute twice as fast in fp32 as in bf16, and compiling takes a minute an engine."""
@@ -48,8 +50,9 @@ class Model:
     start: float
 
 
-SMOLLM2 = Model("smollm2-135m", "smollm2", tuple(range(30)), "20-29", {2 * K: 4.4, 4 * K: 11, 8 * K: 32}, 0.01, 25)
-GEMMA = Model("gemma3-270m", "gemma", (5, 11, 17), "5,11,17", {4 * K: 8, 8 * K: 19, 16 * K: 48, 32 * K: 140}, 0.015, 30)
+SMOLLM2 = Model("smollm2-135m", "smollm2", tuple(range(30)), "20-29", {2 * K: 4.4, 4 * K: 11, 8 * K: 32}, 0.02, 25)
+# Each of its tokens multiplies with an embedding of 262,144 words.
+GEMMA = Model("gemma3-270m", "gemma", (5, 11, 17), "5,11,17", {4 * K: 9, 8 * K: 20, 16 * K: 50, 32 * K: 150}, 0.1, 35)
 MODELS = (SMOLLM2, GEMMA)
 
 
@@ -83,8 +86,8 @@ class Stage:
         ablations: As ``--ablation`` takes them.
         sets: Names and layers of more triangles.
         folder: Where answers go; stages of a folder share those of stock.
+        depths: Of the needle; the command's eleven without any.
         answer: Tokens of an answer, about, for the estimate.
-        prompts: Prompts of a task, for the estimate, where that isn't ``samples``.
     """
 
     name: str
@@ -101,8 +104,18 @@ class Stage:
     ablations: tuple[str, ...] = ()
     sets: tuple[tuple[str, str], ...] = ()
     folder: str = ""
-    answer: int = 40
-    prompts: int | None = None
+    depths: tuple[float, ...] = ()
+    answer: int = 100
+
+    @property
+    def screening(self) -> str:
+        """The folder where stock was asked which tasks it solves."""
+        return f"{self.model.short}-{self.suite}"
+
+    @property
+    def prompts(self) -> int:
+        """Of each task."""
+        return self.samples * (len(self.depths or DEPTHS) if self.suite == "niah" else 1)
 
     @property
     def configurations(self) -> int:
@@ -117,11 +130,12 @@ class Stage:
             tasks: How many tasks it asks.
         """
         each = self.model.prefill[self.length] + self.answer * self.model.token
-        return self.configurations * (self.model.start + tasks * (self.prompts or self.samples) * each)
+        return self.configurations * (self.model.start + tasks * self.prompts * each)
 
 
-NEEDLE_DEPTHS = 11
-_PREFERRED = ("niah_single_2", "niah_single_1", "niah_multikey_1", "niah_multiquery", "vt", "qa_1", "passkey")
+# Of one kind each first: where all of them can't be asked, these are.
+_PREFERRED = ("niah_multikey_1", "cwe", "niah_multivalue", "fwe", "niah_single_3", "passkey", "number_string")
+_FEW_DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 def _screens(model: Model, length: int, priority: int, *, most: int | None = None) -> list[Stage]:
@@ -153,22 +167,12 @@ def _claims(
     ]
 
 
-def _needle(model: Model, length: int, priority: int, samples: int) -> Stage:
+def _needle(model: Model, length: int, priority: int, samples: int, depths: tuple[float, ...] = ()) -> Stage:
     return Stage(
         f"{model.short}-niah-{length // K}k",
         *(model, "niah", length, priority, samples),
         folder=f"{model.short}-niah",
-        prompts=NEEDLE_DEPTHS * samples,
-    )
-
-
-def _documents(model: Model, length: int, priority: int, samples: int) -> Stage:
-    return Stage(
-        f"{model.short}-documents-{length // K}k",
-        *(model, "agreement", length, priority, samples),
-        noise_floor=True,
-        folder=f"{model.short}-documents",
-        answer=64,
+        depths=depths,
     )
 
 
@@ -180,6 +184,11 @@ def _text(model: Model, suite: str, length: int, priority: int, samples: int, an
         folder=f"{model.short}-{suite}",
         answer=answer,
     )
+
+
+def _documents(model: Model, length: int, priority: int, samples: int) -> Stage:
+    name = f"{model.short}-documents"
+    return replace(_text(model, "agreement", length, priority, samples, 64), name=f"{name}-{length // K}k", folder=name)
 
 
 def random_sets(model: Model, counts: tuple[int, ...], each: int) -> tuple[tuple[str, str], ...]:
@@ -201,10 +210,10 @@ _COUNTS = tuple(range(3, 31, 3))
 _GEMMA_SETS = tuple((f"layers-{layers.replace(',', '-')}", layers) for layers in ("5", "11", "17", "5,11", "11,17"))
 
 
-def _ablation(name: str, model: Model, suite: str, priority: int, samples: int, **fields: object) -> Stage:
+def _ablation(name: str, model: Model, suite: str, priority: int, samples: int, **fields: Any) -> Stage:
     length = min(model.prefill)
     stage = Stage(f"{model.short}-{name}", model, suite, length, priority, samples, folder=f"{model.short}-{name}")
-    return Stage(**{**stage.__dict__, **fields})
+    return replace(stage, **fields)
 
 
 STAGES: tuple[Stage, ...] = (
@@ -229,19 +238,19 @@ STAGES: tuple[Stage, ...] = (
         noise_floor=True,
         answer=64,
     ),
-    _needle(GEMMA, 4 * K, 15, 5),
-    *_claims(GEMMA, 4 * K, 15),
+    _needle(GEMMA, 4 * K, 15, 2),
+    *_claims(GEMMA, 4 * K, 18, most=2),
     _ablation(
         "shape",
         *(GEMMA, "agreement", 16, 8),
-        ablations=("last_n=0,1,16,512", "n_local=64,1024", _SHAPES),
+        ablations=("last_n=0,16", "n_local=64,1024", "shape=last_rows"),
         sets=_GEMMA_SETS,
         noise_floor=True,
         answer=64,
     ),
     _ablation(
         "needle-ablation",
-        *(SMOLLM2, "niah", 17, 1),
+        *(SMOLLM2, "niah", 17, 2),
         ablations=(
             "num_layers=6,12,18,24,30",
             "last_n=0,1,16,64,256",
@@ -249,14 +258,14 @@ STAGES: tuple[Stage, ...] = (
             "shape=a_shape,last_rows",
             "random_layers=0,1,2",
         ),
-        prompts=NEEDLE_DEPTHS,
+        depths=_FEW_DEPTHS,
     ),
     _ablation(
         "needle-ablation",
         *(GEMMA, "niah", 17, 1),
-        ablations=("last_n=0,16,64", "shape=a_shape,last_rows"),
+        ablations=("last_n=0,16", "shape=last_rows"),
         sets=_GEMMA_SETS,
-        prompts=NEEDLE_DEPTHS,
+        depths=_FEW_DEPTHS,
     ),
     _text(SMOLLM2, "long", 2 * K, 18, 8, 512),
     _text(SMOLLM2, "ppl", 2 * K, 18, 10, 1),
@@ -264,7 +273,7 @@ STAGES: tuple[Stage, ...] = (
     *_screens(SMOLLM2, 4 * K, 20),
     _documents(SMOLLM2, 4 * K, 20, 20),
     _needle(SMOLLM2, 4 * K, 21, 5),
-    *_claims(SMOLLM2, 4 * K, 22),
+    *_claims(SMOLLM2, 4 * K, 22, most=5),
     _ablation(
         "task-ablation",
         *(SMOLLM2, "ruler", 23, 10),
@@ -274,16 +283,16 @@ STAGES: tuple[Stage, ...] = (
         ablations=("num_layers=6,12,18,24,30", "last_n=0,16", "shape=a_shape,last_rows", "random_layers=0,1,2"),
     ),
     _documents(SMOLLM2, 8 * K, 24, 10),
-    *_screens(GEMMA, 8 * K, 25, most=4),
-    _documents(GEMMA, 8 * K, 25, 10),
-    _needle(GEMMA, 8 * K, 26, 2),
-    *_claims(GEMMA, 8 * K, 27, most=2),
-    _needle(SMOLLM2, 8 * K, 30, 5),
+    _documents(GEMMA, 8 * K, 25, 8),
+    _needle(GEMMA, 8 * K, 26, 1),
+    _needle(SMOLLM2, 8 * K, 30, 3),
     *_screens(SMOLLM2, 8 * K, 31, most=2),
     *_claims(SMOLLM2, 8 * K, 32, most=1),
     _text(SMOLLM2, "ppl", 8 * K, 33, 5, 1),
-    _documents(GEMMA, 16 * K, 34, 6),
-    _needle(GEMMA, 16 * K, 35, 1),
-    _documents(GEMMA, 32 * K, 36, 4),
-    _needle(GEMMA, 32 * K, 37, 1),
+    _documents(GEMMA, 16 * K, 27, 6),
+    _needle(GEMMA, 16 * K, 28, 1, _FEW_DEPTHS),
+    _documents(GEMMA, 32 * K, 29, 4),
+    _needle(GEMMA, 32 * K, 30, 1, _FEW_DEPTHS),
+    *_screens(GEMMA, 8 * K, 34, most=2),
+    *_claims(GEMMA, 8 * K, 35, most=1),
 )

@@ -44,7 +44,7 @@ def tasks(stage: Stage, found: Scores) -> list[str]:
 
     Args:
         stage: The stage.
-        found: ``scores`` of its folder.
+        found: ``scores`` of the folder in which its tasks were screened.
     """
     there = all_tasks(stage.suite)
     if stage.rule == Rule.NAMED:

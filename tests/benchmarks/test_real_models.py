@@ -23,8 +23,10 @@ from vllm_trimix.config.layers import parse_layers
 from vllm_trimix.evaluation.ablations import ABLATIONS
 from vllm_trimix.evaluation.suites.registry import SUITES
 
-SCREEN = Stage("s-screen", SMOLLM2, "retrieval", 4096, 1, SCREENED, Rule.SCREEN, trimix=False, folder="s")
-CLAIM = Stage("s-claim", SMOLLM2, "retrieval", 4096, 2, CLAIMED, Rule.SOLVED, folder="s")
+SCREEN = Stage(
+    "s-screen", SMOLLM2, "retrieval", 4096, 1, SCREENED, Rule.SCREEN, trimix=False, folder="smollm2-retrieval"
+)
+CLAIM = Stage("s-claim", SMOLLM2, "retrieval", 4096, 2, CLAIMED, Rule.SOLVED, folder="smollm2-retrieval")
 
 
 @pytest.fixture
@@ -48,6 +50,7 @@ def test_what_is_screened_comes_before_its_claim() -> None:
             wanted = (claim.model, claim.suite, claim.length)
             screens = [s for s in STAGES if s.rule == Rule.SCREEN and (s.model, s.suite, s.length) == wanted]
             assert screens, claim.name
+            assert {screen.folder for screen in screens} == {claim.screening}
             assert all(screen.priority < claim.priority for screen in screens), claim.name
 
 
@@ -140,7 +143,7 @@ def test_a_stage_that_is_done_is_not_run_again(
         assert evaluate.run([SCREEN, CLAIM], setting, seconds=None) == 0
     assert len(calls.read_text().splitlines()) == 1
     assert "s-claim: stock solves none of its tasks" in capsys.readouterr().out
-    answered(setting.output / "s", {("passkey", 4096): [1.0] * SCREENED})
+    answered(setting.output / "smollm2-retrieval", {("passkey", 4096): [1.0] * SCREENED})
     assert evaluate.run([SCREEN, CLAIM], setting, seconds=None) == 0
     assert len(calls.read_text().splitlines()) == 2
     assert f"--samples {CLAIMED}" in calls.read_text().splitlines()[1]
@@ -151,7 +154,7 @@ def test_a_stage_that_fails_leaves_the_others(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls = command_that(tmp_path, monkeypatch, '[[ "$*" == *"--samples 10"* ]] && exit 1; exit 0')
-    answered(setting.output / "s", {("passkey", 4096): [1.0] * SCREENED})
+    answered(setting.output / "smollm2-retrieval", {("passkey", 4096): [1.0] * SCREENED})
     assert evaluate.run([SCREEN, CLAIM], setting, seconds=None) == 1
     assert evaluate.run([SCREEN, CLAIM], setting, seconds=None) == 1
     assert len(calls.read_text().splitlines()) == 3
