@@ -21,6 +21,8 @@ from typing import Any
 from benchmarks.real_models import screening, texts
 from benchmarks.real_models.plan import ENGINE_FLAGS, MODELS, NOISE_CHUNK, SHAPE, STAGES, Model, Rule, Stage
 
+_READERS = ("agreement", "ppl")
+"""Suites that read the texts."""
 _STOP_SECONDS = 120
 """Until a stopped evaluation must have ended its engine."""
 
@@ -82,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.list:
             print("\n".join(listing(stages, setting)))
             return 0
+        prepare(stages, setting)
         return run(stages, setting, seconds=None if args.hours is None else 3600 * args.hours)
     except (OSError, ValueError) as error:
         print(f"real-models: error: {error}", file=sys.stderr)
@@ -89,6 +92,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("real-models: stopped; the same command goes on where it was", file=sys.stderr)
         return 130
+
+
+def prepare(stages: Sequence[Stage], setting: Setting) -> None:
+    """Sees to what the stages need: the texts are fetched, the models must be there.
+
+    Raises:
+        ValueError: A model or a text is missing.
+        OSError: What can't be written.
+    """
+    for model in dict.fromkeys(stage.model.folder for stage in stages):
+        if not (setting.models / model / "config.json").is_file():
+            raise ValueError(
+                f"{setting.models / model} is no model; run python -m benchmarks.real_models.fetch {model}"
+            )
+    if any(stage.suite in _READERS for stage in stages):
+        texts.make(setting.documents)
 
 
 def _presets(given: Sequence[str]) -> dict[str, Path]:

@@ -183,12 +183,28 @@ def test_the_time_ends_a_stage_as_ctrl_c_does(
             ["--preset", "qwen=a.json"],
             "--preset: 'qwen=a.json' is not MODEL=FILE; models are smollm2-135m, gemma3-270m",
         ),
+        (
+            ["--models", "/nowhere"],
+            "/nowhere/smollm2-135m is no model; run python -m benchmarks.real_models.fetch smollm2",
+        ),
         (["--list", "--preset", "gemma3-270m=/nowhere.json"], "/nowhere.json"),
     ],
 )
 def test_mistakes(arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main(["--output", str(tmp_path), *arguments]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_texts_are_made_where_they_are_read(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Path] = []
+    monkeypatch.setattr(texts, "make", made.append)
+    there = replace(setting, models=tmp_path)
+    (tmp_path / SMOLLM2.folder).mkdir()
+    (tmp_path / SMOLLM2.folder / "config.json").write_text("{}")
+    evaluate.prepare([SCREEN], there)
+    assert made == []
+    evaluate.prepare([SCREEN, replace(SCREEN, suite="ppl")], there)
+    assert made == [there.documents]
 
 
 def test_the_list_says_what_is_left(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
