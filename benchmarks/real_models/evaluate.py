@@ -51,12 +51,12 @@ class Setting:
         """
         return {"layers": self._layers(model), **SHAPE}
 
-    def _layers(self, model: Model) -> str:
+    def _layers(self, model: Model) -> Any:
         path = self.presets.get(model.folder)
         if path is None:
             return model.chosen
         try:
-            return str(json.loads(path.read_text())["layers"])
+            return json.loads(path.read_text())["layers"]
         except (ValueError, TypeError, KeyError):
             raise ValueError(f"--preset: {path} names no layers; take a preset of vllm-trimix probe") from None
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.real_models.ablation_tables import counts, varied
-from benchmarks.real_models.plan import MODELS, SMOLLM2
+from benchmarks.real_models.plan import MODELS, SMOLLM2, K
 from benchmarks.real_models.results import Kept
 from benchmarks.real_models.tables import solved
 from benchmarks.real_models.written import Found, difference, divergence, title
@@ -64,6 +65,38 @@ def _tasks(found: Found) -> Any:
         panel.set_xlabel("difference to stock (points, 95%)")
         panel.set_title(title(model), fontsize="medium")
         panel.legend(frameon=False, fontsize="x-small", loc="best")
+    return figure
+
+
+def _needle(found: Found) -> Any:
+    """A panel a model: depth down, length across; stock's score and the triangle's, their difference as colour."""
+    shown = [(model, kept) for model in MODELS if (kept := found.get(f"{model.short}-niah")) is not None]
+    shown = [(model, kept) for model, kept in shown if any(cell["n"] for cell in kept.of(TRIMIX))]
+    if not shown:
+        return None
+    columns = [sorted({cell["length"] for cell in kept.of(TRIMIX)}) for _, kept in shown]
+    figure, panels = _figure(1.6 + sum(1.6 + 1.0 * len(lengths) for lengths in columns), 4.2, len(shown))
+    picture = None
+    for panel, (model, kept), lengths in zip(panels, shown, columns, strict=True):
+        scores = {
+            name: {(depth, cell["length"]): score for cell in kept.of(name) for depth, score in cell["depths"].items()}
+            for name in (STOCK, TRIMIX)
+        }
+        depths = sorted({depth for depth, _ in scores[TRIMIX]}, key=float)
+        grid = [[math.nan] * len(lengths) for _ in depths]
+        for (depth, length), score in scores[TRIMIX].items():
+            row, column, dense = depths.index(depth), lengths.index(length), scores[STOCK].get((depth, length))
+            if dense is not None:
+                grid[row][column] = score - dense
+                panel.text(column, row, f"{100 * dense:.0f}, {100 * score:.0f}", ha="center", va="center", fontsize=7)
+        # Orange and purple are told apart without red and green.
+        picture = panel.imshow(grid, vmin=-1, vmax=1, cmap="PuOr", aspect="auto")
+        panel.set_xticks(range(len(lengths)), [f"{length // K}K" for length in lengths], fontsize="small")
+        panel.set_yticks(range(len(depths)), [f"{100 * float(depth):.0f}%" for depth in depths], fontsize="small")
+        panel.set_title(title(model), fontsize="medium")
+        panel.set_xlabel("tokens")
+    panels[0].set_ylabel("depth of the needle")
+    figure.colorbar(picture, ax=panels, label="TRIMIX less stock", shrink=0.9)
     return figure
 
 
@@ -160,6 +193,7 @@ def by_place(kept: Kept, task: str, configuration: str) -> list[float]:
 
 PICTURES: tuple[tuple[str, str, Callable[[Found], Any]], ...] = (
     ("tasks", "lossless-tasks.png", _tasks),
+    ("needle", "lossless-needle.png", _needle),
     ("layers", "lossless-layers.png", _layers),
     ("shape", "lossless-parts.png", _parts),
     ("long", "lossless-agreement.png", _agreement),

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 PAGE, README, FIGURES = ROOT / "docs" / "is-it-lossless.md", ROOT / "README.md", ROOT / "docs" / "figures"
 _SAYS = {
     "tasks": "Difference to stock by task and length, with its 95% interval",
+    "needle": "Scores of stock and of TRIMIX by the needle's depth and the length",
     "layers": "Divergence from stock against the number of triangle layers",
     "shape": "Divergence from stock against last_n, n_local and shape",
     "long": "Share of long answers that are still stock's, by token",

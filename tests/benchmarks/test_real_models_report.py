@@ -158,7 +158,7 @@ def test_pictures_and_pages(
         assert report.main([str(kept), "--write-docs"]) == 0
     page = report.PAGE.read_text()
     drawn = sorted(path.name for path in report.FIGURES.iterdir())
-    assert drawn == [f"lossless-{name}.png" for name in ("agreement", "layers", "parts", "tasks")]
+    assert drawn == [f"lossless-{name}.png" for name in ("agreement", "layers", "needle", "parts", "tasks")]
     assert all(f"(figures/{name})" in page for name in drawn)
     assert all(path.stat().st_size > 5000 for path in report.FIGURES.iterdir())
     assert "Not measured yet" not in page
