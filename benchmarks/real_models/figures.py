@@ -34,12 +34,12 @@ def draw(folder: Path, found: Found) -> dict[str, str]:
     return drawn
 
 
-def _figure(width: float, height: float, columns: int) -> tuple[Any, list[Any]]:
+def _figure(width: float, height: float, columns: int, *, sharey: bool = False) -> tuple[Any, list[Any]]:
     # Of the extra `plot`.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+    return figure, list(figure.subplots(1, columns, squeeze=False, sharey=sharey)[0])
 
 
 def _tasks(found: Found) -> Any:
@@ -136,7 +136,7 @@ def _parts(found: Found) -> Any:
     ablations = [name for name in ("last_n", "n_local", "shape") if any(varied(kept, name) for _, kept in shown)]
     if not ablations:
         return None
-    figure, panels = _figure(3.6 * len(ablations), 3.3, len(ablations))
+    figure, panels = _figure(3.6 * len(ablations), 3.3, len(ablations), sharey=True)
     for panel, ablation in zip(panels, ablations, strict=True):
         values = {label: None for _, kept in shown for label, _ in varied(kept, ablation)}
         labels = sorted(values, key=int) if all(map(str.isdecimal, values)) else list(values)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 
-def copied_lines(answer: str, references: tuple[str, ...]) -> float:
-    """Share of the references that the answer's lines repeat, each in its place."""
-    lines = [line.strip() for line in answer.strip().splitlines()]
-    return sum(line == reference for line, reference in zip(lines, references, strict=False)) / len(references)
+def copied_records(answer: str, references: tuple[str, ...]) -> float:
+    """Share of the values in the references, JSON objects, that the answer's lines repeat, each in its place."""
+    lines = answer.strip().splitlines()
+    return sum(map(_values_kept, lines, references)) / len(references)
+
+
+def _values_kept(line: str, reference: str) -> float:
+    try:
+        said = json.loads(line)
+    except ValueError:
+        return 0.0
+    wanted = json.loads(reference)
+    return sum(said.get(key) == value for key, value in wanted.items()) / len(wanted) if isinstance(said, dict) else 0.0
 
 
 def numbered_lines(answer: str, references: tuple[str, ...]) -> float:

@@ -107,7 +107,7 @@ METRICS: dict[str, Callable[[str, tuple[str, ...]], float]] = {
     "any": _any,
     "first_number": _first_number,
     "first_word": _first_word,
-    "copied_lines": forms.copied_lines,
+    "copied_records": forms.copied_records,
     "numbered_lines": forms.numbered_lines,
     "headings": forms.headings,
 }

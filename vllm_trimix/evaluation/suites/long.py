@@ -87,7 +87,7 @@ LONG = Suite(
     summary="answers of 512 tokens: agreement by position, repetition, and whether they keep their form",
     tasks={
         ENGLISH: {
-            "records": _long("records", _records, metric="copied_lines", least=_COPIED),
+            "records": _long("records", _records, metric="copied_records", least=_COPIED),
             "list": _long("list", _list, metric="numbered_lines", least=4),
             "sections": _long("sections", _sections, metric="headings", least=4),
         },
