@@ -59,6 +59,7 @@ def test_records_are_the_first_of_the_prompt() -> None:
         ("copied_records", '\n\n{"a": 1}\n{"b": 2, "c": 4}', ('{"a": 1}', '{"b": 2, "c": 3}'), 0.75),
         ("copied_records", '{"b": 2}\n{"a": 1}', ('{"a": 1}', '{"b": 2}'), 0.0),
         ("copied_records", '["a"]\n{"b": 2, ', ('{"a": 1}', '{"b": 2}'), 0.0),
+        ("copied_records", "[" * 100_000, ('{"a": 1}',), 0.0),
         ("copied_records", "", ('{"a": 1}',), 0.0),
         ("numbered_lines", "1. A\n2. B\n3. C\n4. cu", ("1",), 1.0),
         ("numbered_lines", "1) A\n\n2) B\n2) B\n3) C\nend", ("1",), 0.75),

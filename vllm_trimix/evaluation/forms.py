@@ -15,7 +15,7 @@ def copied_records(answer: str, references: tuple[str, ...]) -> float:
 def _values_kept(line: str, reference: str) -> float:
     try:
         said = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return 0.0
     wanted = json.loads(reference)
     return sum(said.get(key) == value for key, value in wanted.items()) / len(wanted) if isinstance(said, dict) else 0.0
