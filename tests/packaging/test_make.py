@@ -181,6 +181,42 @@ def test_dry_run_shows_no_shell_quoting(checkout: Path) -> None:
     assert result.stdout.strip() == "exec .venv/bin/python scripts/serve.py"
 
 
+PRINT_FETCH = """
+import json, os
+names = ("HOME", "PIP_CACHE_DIR", "PIP_CONFIG_FILE", "HF_HUB_OFFLINE")
+print("FETCH", json.dumps({name: os.environ.get(name) for name in names}))
+"""
+
+
+def test_real_models_keeps_caches_in_the_checkout_and_pips_settings(checkout: Path, tmp_path: Path) -> None:
+    (checkout / "benchmarks/real_models").mkdir(parents=True)
+    (checkout / "benchmarks/real_models/fetch.py").write_text(PRINT_FETCH)
+    home = tmp_path / "somebody"
+    settings = home / ".config/pip/pip.conf"
+    settings.parent.mkdir(parents=True)
+    settings.touch()
+    dropped = ("PIP_CACHE_DIR", "PIP_CONFIG_FILE", "XDG_CONFIG_HOME")
+    environment = {name: value for name, value in _environment().items() if name not in dropped} | {"HOME": str(home)}
+
+    def run(*arguments: str, **more: str) -> str:
+        command = ["make", *arguments, "real-models"]
+        result = subprocess.run(
+            command, cwd=checkout, env=environment | more, capture_output=True, text=True, timeout=30, check=True
+        )
+        return result.stdout
+
+    assert "scripts/install.sh dev" in run("-n"), "it needs what only install-dev brings"
+    (checkout / ".venv/.installed-dev").touch()
+    (line,) = run().splitlines()
+    assert json.loads(line.removeprefix("FETCH ")) == {
+        "HOME": str(checkout / "build/home"),
+        "PIP_CACHE_DIR": str(checkout / "build/cache/pip"),
+        "PIP_CONFIG_FILE": str(settings),
+        "HF_HUB_OFFLINE": "1",
+    }
+    assert json.loads(run(PIP_CONFIG_FILE=os.devnull).removeprefix("FETCH "))["PIP_CONFIG_FILE"] == os.devnull
+
+
 def test_second_install_does_nothing(checkout: Path) -> None:
     up_to_date = ["make", "--question", "install"]
     assert subprocess.run(up_to_date, cwd=checkout, env=_environment(), check=False).returncode == 0

@@ -27,6 +27,11 @@ def _source(folder: Path) -> Path:
         shutil.copy(ROOT / name, folder)
     for name in ("vllm_trimix", "csrc"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    # What a checkout has beside them once `make real-models` and `make serve` have run.
+    for name in ("build/real-models/smollm2-135m", "build/demo-model", "benchmarks/real_models"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "model.safetensors").touch()
+        (folder / name / "__init__.py").touch()
     return folder
 
 
@@ -114,6 +119,7 @@ def test_the_sdist_holds_the_sources(tmp_path: Path) -> None:
     }
     assert len(expected) > 10
     assert expected | {"setup.py"} <= names
+    assert not [name for name in names if name.endswith(".safetensors") or name.startswith(("build", "benchmarks"))]
 
 
 def test_a_wheel_from_the_sdist_installs_clean(tmp_path: Path) -> None:
@@ -157,7 +163,7 @@ def test_every_module_and_preset_is_in_the_wheel(wheel: zipfile.ZipFile) -> None
         for pattern in ("*.py", "presets/*.json", "reporting/page.*", "py.typed")
         for path in (ROOT / "vllm_trimix").rglob(pattern)
     }
-    packed = {name for name in wheel.namelist() if name.startswith("vllm_trimix/")}
+    packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert packed == expected
     assert any(name.endswith(".json") for name in packed)
     assert {"vllm_trimix/reporting/page.html", "vllm_trimix/reporting/page.css"} <= packed
