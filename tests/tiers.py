@@ -24,6 +24,7 @@ TIERS = {
     "I": "hostile input",
     "J": "another backend selected",
     "K": "families of models",
+    "L": "pretrained models",
 }
 FACTS = ("triangle", "straddling", "cached", "resumed")
 """Whether a case has triangle rows, last rows that straddle a chunk, cached prompt rows, rows of a resumed request."""

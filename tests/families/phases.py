@@ -126,7 +126,7 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
             vllm.SamplingParams(
                 temperature=0,
                 max_tokens=request["max_tokens"],
-                logprobs=0,
+                logprobs=request.get("logprobs", 0),
                 ignore_eos=True,
                 detokenize=False,
                 extra_args=request.get("extra_args"),
@@ -134,7 +134,7 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
             for request in wave
         ]
         outputs = llm.generate([{"prompt_token_ids": each["prompt"]} for each in wave], params, use_tqdm=False)
-        answers = [output.outputs[0] for output in outputs]
+        answers = [(request, output.outputs[0]) for request, output in zip(wave, outputs, strict=True)]
         waves.append(
             [
                 {
@@ -142,12 +142,18 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
                     "logprobs": [
                         step[token].logprob for token, step in zip(answer.token_ids, answer.logprobs, strict=True)
                     ],
+                    **({"first": _by_token(answer.logprobs[0])} if request.get("logprobs") == -1 else {}),
                 }
-                for answer in answers
+                for request, answer in answers
             ]
         )
     rows: Counter[str] = sum((Counter(step.stats.snapshot()) for step in requests.all_steps()), Counter())
     return {"waves": waves, "rows": dict(rows), "layer_rows": dict(counted)}
+
+
+def _by_token(step: Any) -> list[float]:
+    """The log-probabilities of all tokens, by their numbers."""
+    return [step[token].logprob for token in range(len(step))]
 
 
 def _draw_dummy(model: torch.nn.Module, std: float, attention_std: float) -> None:
