@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.gpu.real_stages import REAL
 from benchmarks.gpu.stage import Stage
 from benchmarks.serving.prompts import PUBLISHED_LENGTHS
 from benchmarks.serving.rows import PUBLISHED_ROWS
@@ -264,4 +265,5 @@ STAGES = [
         _TOY_ROWS,
         "rows_fp8",
     ),
+    *REAL,
 ]

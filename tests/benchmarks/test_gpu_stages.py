@@ -128,6 +128,8 @@ KINDS = (
     "breakdown",
     "rows_gate",
     "rows_circuit",
+    "real_llama_niah",
+    "real_llama_probe",
 )
 """One stage of each kind: others differ in settings, which the toy size replaces."""
 
