@@ -21,6 +21,8 @@ from typing import Any
 from benchmarks.real_models import screening, texts
 from benchmarks.real_models.plan import ENGINE_FLAGS, MODELS, NOISE_CHUNK, SHAPE, STAGES, Model, Rule, Stage
 
+PRESETS = Path(__file__).parent / "presets"
+"""Layers that were found on a model, a file each."""
 _READERS = ("agreement", "ppl")
 """Suites that read the texts."""
 _STOP_SECONDS = 120
@@ -52,7 +54,7 @@ class Setting:
         return {"layers": self._layers(model), **SHAPE}
 
     def _layers(self, model: Model) -> Any:
-        path = self.presets.get(model.folder)
+        path = self._preset(model)
         if path is None:
             return model.chosen
         try:
@@ -60,9 +62,14 @@ class Setting:
         except (ValueError, TypeError, KeyError):
             raise ValueError(f"--preset: {path} names no layers; take a preset of vllm-trimix probe") from None
 
+    def _preset(self, model: Model) -> Path | None:
+        """The file that is given, or the one that comes with the checkout."""
+        shipped = PRESETS / f"{model.folder}.json"
+        return self.presets.get(model.folder, shipped if shipped.is_file() else None)
+
     def probe(self, model: Model) -> Path | None:
         """The folder with the layers' order, where there is one."""
-        path = self.presets.get(model.folder)
+        path = self._preset(model)
         return path.parent if path is not None and (path.parent / "scores.json").is_file() else None
 
 
@@ -73,7 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output", type=Path, default=Path("build/real-eval"), metavar="DIR", help="default: %(default)s")
     add("--models", type=Path, default=Path("build/real-models"), metavar="DIR", help="default: %(default)s")
     add("--texts", type=Path, default=texts.FOLDER, metavar="DIR", help="default: %(default)s")
-    add("--preset", action="append", default=[], metavar="MODEL=FILE", help="triangle layers, of vllm-trimix probe")
+    add(
+        "--preset",
+        action="append",
+        default=[],
+        metavar="MODEL=FILE",
+        help="triangle layers, of vllm-trimix probe (default: the checkout's)",
+    )
     add("--only", nargs="+", default=[], metavar="STAGE", help="names of stages, or what they begin with")
     add("--hours", type=float, metavar="H", help="stop after so long; the same command goes on")
     add("--list", action="store_true", help="print the stages, what is done, and about how long the rest takes")

@@ -35,7 +35,7 @@ class Model:
         folder: Of ``benchmarks/real_models/pinned.py``.
         short: What names of stages and folders begin with.
         layers: Those that can be triangle layers, ascending.
-        chosen: Triangle layers unless a preset file names others.
+        chosen: Triangle layers where no preset file names any.
         prefill: Seconds of a prompt by its tokens, on one core.
         token: Seconds of an answer's token.
         start: Seconds until an engine answers.

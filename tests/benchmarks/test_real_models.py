@@ -88,6 +88,16 @@ def test_a_preset_names_the_layers(setting: Setting, tmp_path: Path) -> None:
         evaluate.command(stage, ["prompts"], probed)
 
 
+def test_the_checkout_has_presets(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "PRESETS", tmp_path)
+    assert setting.entry(SMOLLM2)["layers"] == SMOLLM2.chosen
+    (tmp_path / f"{SMOLLM2.folder}.json").write_text('{"layers": "4-6"}')
+    assert setting.entry(SMOLLM2)["layers"] == "4-6"
+    assert setting.entry(GEMMA)["layers"] == GEMMA.chosen
+    (tmp_path / "own.json").write_text('{"layers": "1"}')
+    assert replace(setting, presets={SMOLLM2.folder: tmp_path / "own.json"}).entry(SMOLLM2)["layers"] == "1"
+
+
 def answered(folder: Path, scores: dict[tuple[str, int], Sequence[float]], configuration: str = "stock") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "answers.jsonl").open("a") as file:
