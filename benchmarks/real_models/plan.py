@@ -204,7 +204,8 @@ def random_sets(model: Model, counts: tuple[int, ...], each: int) -> tuple[tuple
 # Without the values of the base, which is asked as `trimix`.
 _LAST_N = "last_n=0,1,4,16,64,256,512"
 _N_LOCAL = "n_local=64,128,256,1024"
-_SHAPES = "shape=a_shape,last_rows,window"
+# An A-shape is last_n=0.
+_SHAPES = "shape=last_rows,window"
 _RANDOM = "random_layers=0,1,2,3,4"
 _COUNTS = tuple(range(3, 31, 3))
 _GEMMA_SETS = tuple((f"layers-{layers.replace(',', '-')}", layers) for layers in ("5", "11", "17", "5,11", "11,17"))
@@ -255,7 +256,7 @@ STAGES: tuple[Stage, ...] = (
             "num_layers=6,12,18,24,30",
             "last_n=0,1,16,64,256",
             "n_local=64,256,1024",
-            "shape=a_shape,last_rows",
+            "shape=last_rows",
             "random_layers=0,1,2",
         ),
         depths=_FEW_DEPTHS,
@@ -280,7 +281,7 @@ STAGES: tuple[Stage, ...] = (
         rule=Rule.SOLVED,
         tasks=_PREFERRED,
         most=2,
-        ablations=("num_layers=6,12,18,24,30", "last_n=0,16", "shape=a_shape,last_rows", "random_layers=0,1,2"),
+        ablations=("num_layers=6,12,18,24,30", "last_n=0,16", "shape=last_rows", "random_layers=0,1,2"),
     ),
     _documents(SMOLLM2, 8 * K, 24, 10),
     _documents(GEMMA, 8 * K, 25, 8),

@@ -92,10 +92,12 @@ def whole(folder: Path) -> None:
     put(folder / "smollm2-documents", "agreement", compared(2048, {"stock": 0, "noise-floor": 1e-4, "trimix": 0.3}))
     counted = {"stock": 0, "noise-floor": 1e-5, "num_layers=3": 0.01, "num_layers=9": 0.2, "random-3-0": 0.1}
     put(folder / "smollm2-layers", "agreement", compared(2048, {**counted, "random-3-1": 0.3}))
-    varied = {"stock": 0, "trimix": 0.05, "last_n=0": 0.3, "last_n=16": 0.1, "shape=a_shape": 0.31, "n_local=64": 0.06}
+    varied = {"stock": 0, "trimix": 0.05, "last_n=0": 0.3, "last_n=16": 0.1, "shape=window": 0.31, "n_local=64": 0.06}
     put(folder / "smollm2-shape", "agreement", compared(2048, varied))
     needle = scored("needle", 2048, {"stock": "rr", "last_n=0": "ww", "num_layers=3": "rr"}, depth=0.5)
     put(folder / "smollm2-needle-ablation", "niah", needle)
+    tasks = scored("cwe", 2048, {"stock": "rr", "trimix": "rw", "last_n=0": "ww"})
+    put(folder / "smollm2-task-ablation", "ruler", tasks + scored("vt", 2048, {"stock": "rr", "trimix": "rr"}))
     put(folder / "smollm2-long", "long", long(2048, {"stock": None, "noise-floor": None, "trimix": 100}))
     put(folder / "smollm2-ppl", "ppl", likelihood(2048, {"stock": 2.0, "trimix": 2.5}))
     sets = {"stock": 0, "trimix": 0.1, "layers-5": 0.02, "layers-5-11": 0.04}

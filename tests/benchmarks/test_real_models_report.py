@@ -24,7 +24,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def kept(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kept")
-    assert len(results.write(raw, folder)) == 9
+    assert len(results.write(raw, folder)) == 10
     return folder
 
 
@@ -123,11 +123,13 @@ def test_tables_of_divergence(found: dict[str, results.Kept]) -> None:
     assert [row[0] for row in table(found, "layers") if "," in row[0] or row[0] == "5"] == ["5", "5, 11", "5, 11, 17"]
     varied = table(found, "shape")
     assert [row[:2] for row in varied] == [
-        *(["shape", "triangle"], ["shape", "a_shape"]),
+        *(["shape", "triangle"], ["shape", "window"], ["shape", "a_shape"]),
         *(["last_n", "0"], ["last_n", "16"], ["last_n", "128"]),
         *(["n_local", "64"], ["n_local", "512"]),
+        *(["", "stock"], ["shape", "triangle"], ["shape", "a_shape"], ["last_n", "0"], ["last_n", "128"]),
     ]
-    assert varied[2][4] == "100 to 0"
+    assert varied[2][4] == varied[3][4] == "100 to 0"
+    assert [row[2:] for row in varied[-5:]] == [["100", "100"], ["50", "100"], ["0", ""], ["0", ""], ["50", "100"]]
 
 
 def test_tables_of_long_answers_and_likelihood(found: dict[str, results.Kept]) -> None:
