@@ -29,7 +29,7 @@ def _stages(short: str, name: str) -> list[Stage]:
             seconds,
             f"eval {suite} of {name}, if its weights are here: no loss beyond chance",
             {**weights, "suite": suite, "arguments": arguments},
-            {**_TOY_REAL, "suite": "niah", "arguments": ["--lengths=512", "--samples=2"]},
+            {**_TOY_REAL, "suite": "niah", "arguments": ["--lengths=256", "--samples=2"]},
         )
         for suite, (seconds, arguments) in _SUITES.items()
     ]
@@ -41,7 +41,7 @@ def _stages(short: str, name: str) -> list[Stage]:
             300,
             f"probe of {name}, if its weights are here: its layers beside the shipped ones",
             {**weights, "arguments": ["--length=8192", "--samples=16"]},
-            {**_TOY_REAL, "arguments": ["--length=512", "--samples=4", "--n-init=2", "--n-local=6", "--last-n=4"]},
+            {**_TOY_REAL, "arguments": ["--length=256", "--samples=4", "--n-init=2", "--n-local=6", "--last-n=4"]},
         ),
     ]
 

@@ -24,7 +24,7 @@ BAD = {"layers": f"0-{NUM_LAYERS - 1}", "n_init": 1, "n_local": 16, "last_n": 0,
 # Sentences, and how deep the needle lies.
 NEEDLES = [(110, 0.2), (175, 0.6)]
 TEXTS = [1200, 1300]
-MOST = 0.1
+MOST = 0.02
 """Nats by which the distribution after a text may differ."""
 
 
@@ -112,7 +112,7 @@ def test_what_follows_a_text_stays_as_likely(seen: Seen, tier: Tier) -> None:
 def test_a_bad_set_fails_both(seen: Seen) -> None:
     needle, text = seen.bad
     assert seen.found([needle]) == [False]
-    assert divergence(seen.stock[len(NEEDLES)], text) > 5 * MOST
+    assert divergence(seen.stock[len(NEEDLES)], text) > 10 * MOST
 
 
 def test_rows_are_those_of_the_plan(seen: Seen) -> None:
