@@ -106,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
         *("matplotlib", "scipy", "tqdm", "transformers", "openai" if args.server else "vllm"), extra="eval"
     )
     # Heavy: scipy and the suites' own packages.
-    from vllm_trimix.evaluation import askers, languages
+    from vllm_trimix.demo import languages
+    from vllm_trimix.evaluation import askers
     from vllm_trimix.evaluation.answers import Answers
     from vllm_trimix.evaluation.prompts import Prompts
     from vllm_trimix.evaluation.run import run as ask_all

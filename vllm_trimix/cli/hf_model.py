@@ -126,7 +126,7 @@ def describe(model: str, *, trust_remote_code: bool, tokenizer: str | None = Non
 
 
 def within(lengths: list[int], limit: int | None, *, flag: str, is_default: bool) -> list[int]:
-    """Lengths of generated prompts that the model takes; a default that is too long is replaced, with a word.
+    """Lengths of generated prompts that the model takes; defaults that are too long are left out, with a word.
 
     Args:
         lengths: In tokens.
@@ -142,9 +142,11 @@ def within(lengths: list[int], limit: int | None, *, flag: str, is_default: bool
     if not is_default:
         raise ValueError(f"{flag}: {max(lengths)} tokens: the model takes {limit}; take shorter prompts")
     # The answer needs room as well.
-    shorter = limit - limit // 16
-    print(f"vllm-trimix: {flag}: {shorter} instead of {max(lengths)} tokens: the model takes {limit}", file=sys.stderr)
-    return [shorter]
+    longest = limit - limit // 16
+    kept = [length for length in lengths if length <= longest] or [longest]
+    words = ", ".join(map(str, kept))
+    print(f"vllm-trimix: {flag}: {words} instead of {max(lengths)} tokens: the model takes {limit}", file=sys.stderr)
+    return kept
 
 
 def find(args: argparse.Namespace) -> Source:

@@ -228,11 +228,11 @@ def _prompts(args: argparse.Namespace, source: hf_model.Source, lengths: list[in
         for length in lengths:
             chosen += prompts.generate(
                 tokenizer,
+                # The published search's, or the hardest one in the model's own language.
+                prompts.tasks_for(tokenizer)[-1:],
                 length=length,
                 count=args.samples,
                 seed=args.seed,
-                kinds=("kv_retrieval",),
-                flag="--lengths",
                 template_arguments=template,
             )
     elif lines:

@@ -11,7 +11,7 @@ import random
 from dataclasses import dataclass
 from functools import cache
 
-from vllm_trimix.demo.trained_spec import MIN_RECORDS, SIZES, repeats_of
+from vllm_trimix.demo.trained_spec import MIN_RECORDS, SIZES, repeats_of, tokens_of
 from vllm_trimix.demo.vocabulary import SPECIALS
 
 ASK = "?"
@@ -139,3 +139,23 @@ def draw_document(
         owners.append(owner)
         ids += [names[owner], values[owner]]
     return ids, owners
+
+
+def records_within(task: str, length: int, answer: int, keys: int) -> int:
+    """Records of the longest document that leaves room for an answer of so many tokens.
+
+    Raises:
+        ValueError: There is none, or the model has too few keys for it.
+    """
+    size = MIN_RECORDS
+    while tokens_of(size + 1) + answer <= length and size <= keys:
+        size += 1
+    if tokens_of(size) + answer > length:
+        least = tokens_of(MIN_RECORDS) + answer
+        raise ValueError(f"{task}: {length} tokens leave no room: the shortest document needs {least}")
+    if size > keys:
+        raise ValueError(
+            f"{task}: {length} tokens: the model's {keys} keys make documents for lengths up to "
+            f"{tokens_of(keys + 1) + answer - 1}; take a shorter one"
+        )
+    return size

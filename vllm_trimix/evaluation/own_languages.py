@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from vllm_trimix.demo.languages import trained_keys
 from vllm_trimix.demo.prompts import DemoPrompt, make_demo_prompt
-from vllm_trimix.demo.trained_spec import MIN_RECORDS, tokens_of
-from vllm_trimix.demo.trained_task import make_trained_prompt
+from vllm_trimix.demo.trained_spec import tokens_of
+from vllm_trimix.demo.trained_task import make_trained_prompt, records_within
 from vllm_trimix.evaluation import making
-from vllm_trimix.evaluation.languages import trained_keys
 from vllm_trimix.evaluation.making import Asked
 from vllm_trimix.evaluation.sample import Sample
 from vllm_trimix.evaluation.suite import Context, MakeSamples
@@ -59,26 +59,6 @@ def records(task: str, *, depths: tuple[float, ...] = ()) -> MakeSamples:
         return samples
 
     return make
-
-
-def records_within(task: str, length: int, answer: int, keys: int) -> int:
-    """Records of the longest document that leaves room for an answer of so many tokens.
-
-    Raises:
-        ValueError: There is none, or the model has too few keys for it.
-    """
-    size = MIN_RECORDS
-    while tokens_of(size + 1) + answer <= length and size <= keys:
-        size += 1
-    if tokens_of(size) + answer > length:
-        least = tokens_of(MIN_RECORDS) + answer
-        raise ValueError(f"{task}: {length} tokens leave no room: the shortest document needs {least}")
-    if size > keys:
-        raise ValueError(
-            f"{task}: {length} tokens: the model's {keys} keys make documents for lengths up to "
-            f"{tokens_of(keys + 1) + answer - 1}; take a shorter one"
-        )
-    return size
 
 
 def _sample(

@@ -1,142 +1,27 @@
-"""One probe: scores, ablation and quality curves over prompts, saved as they come so that it can go on after a stop."""
+"""One probe: what the model can be asked, layers ranked, and sets of them tried on prompts that nothing was chosen by.
+
+Finished work is saved as it comes, so that a stopped probe goes on where it was.
+"""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Collection, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from vllm_trimix.hf_attention import layers as hf_layers
 from vllm_trimix.patterns.triangle import Triangle
-from vllm_trimix.probing import choice
-from vllm_trimix.probing.gradient import SECTIONS, Objective, Sample, SectionScores, mean_scores, score_sample
+from vllm_trimix.probing import choice, material, ranking, schedule
+from vllm_trimix.probing.gradient import SECTIONS, Sample, SectionScores, mean_scores, score_sample
+from vllm_trimix.probing.material import Material
+from vllm_trimix.probing.outcome import Outcome, Plan, Settings, Tried
+from vllm_trimix.probing.passes import Quality, TriangleModel, own_answer
 from vllm_trimix.probing.saved import Saved
 
-Method = Literal["gradient", "ablation", "both"]
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides a probe's figures; a stopped probe goes on only under the same.
-
-    Attributes:
-        model: As the user named it.
-        pattern: The triangle's parameters.
-        method: Whose importance ranks the layers; ``both`` ranks by gradient.
-        score: Gradient score that ranks.
-        objective: What the gradient is of.
-        num_random: Random orders to compare with.
-        seed: Of prompts and random orders.
-        prompts: Hash of the prompts.
-        dtype: Of weights and activations.
-        device: Where it runs.
-    """
-
-    model: str
-    pattern: Triangle
-    method: Method
-    score: str
-    objective: Objective
-    num_random: int
-    seed: int
-    prompts: str
-    dtype: str
-    device: str
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a probe found.
-
-    Attributes:
-        settings: As it ran.
-        scores: Mean gradient scores: score -> [layer][section]; None with ``ablation`` alone.
-        ablation: [layer][sample] nats lost; None with ``gradient`` alone.
-        importance: [layer], what ranks; 0 in stock layers.
-        stock: Layers that stay as they are by the model's own design, never in a set, with the reason.
-        orders: Order -> layers.
-        drops: Order -> [k][sample], nats lost with the first k layers in triangle.
-        correct: Order -> [k], share of samples whose answer stays the likeliest.
-        logprobs: [sample], the dense answers' log-probability.
-        chosen: Triangle layers, by importance.
-    """
-
-    settings: Settings
-    scores: dict[str, list[list[float]]] | None
-    ablation: list[list[float]] | None
-    importance: list[float]
-    stock: dict[int, str]
-    orders: dict[str, list[int]]
-    drops: dict[str, list[list[float]]]
-    correct: dict[str, list[float]]
-    logprobs: list[float]
-    chosen: list[int]
-
-
-def run(
-    model: Any,
-    settings: Settings,
-    *,
-    scored: Sequence[Sample],
-    held_out: Sequence[Sample],
-    saved: Saved,
-    progress: Progress = lambda what, done, total: None,
-) -> Outcome:
-    """Scores layers on some samples and chooses among them on others.
-
-    Args:
-        model: A causal language model of transformers, in evaluation mode, on its device.
-        settings: What to do.
-        scored: Samples for the importance.
-        held_out: Samples for the choice.
-        saved: Where finished work is kept.
-        progress: Told the phase, and how much of it is done.
-    """
-    num_layers = hf_layers.num_layers(model)
-    pattern = settings.pattern
-    stock = check_layers(model)
-    scores, ablation = None, None
-    if settings.method != "ablation":
-        found = []
-        for index, sample in enumerate(scored):
-            progress("gradient", index, len(scored))
-            score = partial(score_sample, model, sample, pattern, objective=settings.objective)
-            found.append(saved.get(f"score {index}", score))
-        scores = mean_scores([SectionScores(**item) for item in found])
-    with choice.TriangleModel(model, pattern) as triangle:
-
-        def quality(name: str, sample: Sample, layers: Iterable[int]) -> choice.Quality:
-            key = f"{name} {','.join(map(str, sorted(layers)))}"
-            return choice.Quality(**saved.get(key, partial(triangle.quality, sample, layers)))
-
-        if settings.method != "gradient":
-            ablation = _ablate(quality, scored, num_layers, stock, progress)
-        if scores is not None:
-            importance = [row[SECTIONS.index("middle")] for row in scores[settings.score]]
-        else:
-            assert ablation is not None
-            importance = [statistics.fmean(row) for row in ablation]
-        orders = choice.orders(importance, excluded=stock, num_random=settings.num_random, seed=settings.seed)
-        drops: dict[str, list[list[float]]] = {}
-        correct: dict[str, list[float]] = {}
-        dense = [quality(f"held out {index}", sample, ()) for index, sample in enumerate(held_out)]
-        total, done = len(orders) * (len(orders["importance"]) + 1) * len(held_out), 0
-        for name, order in orders.items():
-            drops[name], correct[name] = [], []
-            for k in range(len(order) + 1):
-                now = []
-                for index, sample in enumerate(held_out):
-                    progress("quality", done, total)
-                    now.append(quality(f"held out {index}", sample, order[:k]))
-                    done += 1
-                drops[name].append([a.logprob - b.logprob for a, b in zip(dense, now, strict=True)])
-                correct[name].append(statistics.fmean(item.correct for item in now))
-    chosen = sorted(orders["importance"][: choice.choose(drops["importance"])])
-    logprobs = [item.logprob for item in dense]
-    return Outcome(settings, scores, ablation, importance, stock, orders, drops, correct, logprobs, chosen)
 
 
 def check_layers(model: Any) -> dict[int, str]:
@@ -154,23 +39,238 @@ def check_layers(model: Any) -> dict[int, str]:
     return stock
 
 
-def _ablate(
-    quality: Callable[[str, Sample, Iterable[int]], choice.Quality],
-    scored: Sequence[Sample],
-    num_layers: int,
-    stock: Collection[int],
-    progress: Progress,
-) -> list[list[float]]:
-    """Middle knocked out in one layer at a time: [layer][sample], nats that the answer loses; 0 in stock layers."""
-    found = []
-    for layer in range(num_layers):
-        if layer in stock:
-            found.append([0.0] * len(scored))
-            continue
-        row = []
-        for index, sample in enumerate(scored):
-            progress("ablation", layer * len(scored) + index, num_layers * len(scored))
-            name = f"scored {index}"
-            row.append(quality(name, sample, ()).logprob - quality(name, sample, (layer,)).logprob)
-        found.append(row)
-    return found
+@dataclass(frozen=True)
+class _Asked:
+    """A sample and what it is called among the saved results."""
+
+    name: str
+    sample: Sample
+
+
+@dataclass(frozen=True)
+class _Answer:
+    tokens: tuple[int, ...]
+
+
+class Probe:
+    """A probe of one model."""
+
+    def __init__(self, model: Any, settings: Settings, *, saved: Saved, progress: Progress) -> None:
+        """Runs nothing yet.
+
+        Args:
+            model: A causal language model of transformers, in evaluation mode, on its device.
+            settings: What to do.
+            saved: Where finished work is kept.
+            progress: Told the phase, and how much of it is done.
+        """
+        self._model, self._settings, self._saved, self._progress = model, settings, saved, progress
+        self._stock = check_layers(model)
+        self._able = [layer for layer in range(hf_layers.num_layers(model)) if layer not in self._stock]
+
+    def run(
+        self, asked: Material, *, budget: float | None, hard: bool, tell: Callable[[str], None] = lambda words: None
+    ) -> Outcome:
+        """Ranks layers on some prompts and chooses among them on others.
+
+        Args:
+            asked: What can be asked.
+            budget: Seconds that it may take, told by the first passes; None for no limit.
+            hard: Whether a budget that even the fewest prompts exceed is refused.
+            tell: Told what is asked, and how long it will take.
+
+        Raises:
+            ValueError: More than the time budget, or prompts on which the triangle hides nothing.
+        """
+        settings = self._settings
+        shortest = settings.lengths[0]
+        with TriangleModel(self._model, settings.pattern) as self._triangle:
+            self._known = known = material.find_out(asked, is_right=self._is_right, progress=self._progress)
+            plan = self._plan(budget, hard)
+            tell(f"{known.words}; about {schedule.words(plan.seconds)}")
+            scored = self._asked("scored", shortest, settings.scored)
+        scores = self._gradients(scored) if "gradient" in settings.orders else None
+        with TriangleModel(self._model, settings.pattern) as self._triangle:
+            nll = self._nll(scored) if "nll" in settings.orders else None
+            importance = {
+                "gradient": [row[SECTIONS.index("middle")] for row in scores[settings.score]] if scores else [],
+                "nll": [statistics.fmean(row) for row in nll] if nll else [],
+            }
+            orders = {name: ranking.rank(importance[name], excluded=self._stock) for name in settings.orders}
+            control, curve = self._curves(orders, scored)
+            tried: list[Tried] = []
+            kept = {name: self._choose(name, order, curve[name], plan.samples, tried) for name, order in orders.items()}
+            first = settings.orders[0]
+            k = kept[first] or min(tried[0].losses)
+            compared = self._compare(k, min(plan.samples, schedule.COMPARED))
+            dense = [self._quality(one, ()) for one in self._asked("held out", shortest, plan.samples)]
+        proven = control >= choice.MIN_CONTROL
+        return Outcome(
+            settings=settings,
+            reference=known.reference,
+            screened=known.screened,
+            plan=plan,
+            scores=scores,
+            nll=nll,
+            stock=self._stock,
+            orders=orders,
+            correlation=ranking.rank_correlation(*orders.values()) if len(orders) == 2 else None,
+            curve=curve,
+            control=control,
+            tried=tried,
+            compared=compared,
+            logprobs=[quality.logprob for quality in dense],
+            chosen=sorted(orders[first][: kept[first]]) if proven else [],
+            kept=kept,
+        )
+
+    def _is_right(self, name: str, sample: Sample) -> bool:
+        return self._quality(_Asked(name, sample), ()).correct
+
+    def _quality(self, one: _Asked, layers: Iterable[int], *, pattern: Triangle | None = None) -> Quality:
+        """A set's quality, computed once. All sets of a sample are best asked one after the other."""
+        chosen = sorted(layers)
+        key = f"{one.name} under {'streaming ' if pattern else ''}{','.join(map(str, chosen))}"
+        return Quality(**self._saved.get(key, partial(self._triangle.quality, one.sample, chosen, pattern=pattern)))
+
+    def _loss(self, one: _Asked, layers: Iterable[int], *, pattern: Triangle | None = None) -> float:
+        """Nats that an answer loses: of its log-probability where it is known to be right, else its divergence."""
+        dense = self._quality(one, ())
+        now = self._quality(one, layers, pattern=pattern)
+        return now.kl if self._known.reference == "own" else dense.logprob - now.logprob
+
+    def _asked(self, what: str, length: int, count: int) -> list[_Asked]:
+        """Prompts with what they are held against."""
+        found = []
+        for index, sample in enumerate(self._known.material.draw(what, length, count)):
+            name = f"{what} {length} {index}"
+            if self._known.reference == "own":
+                say = partial(self._say, sample.prompt)
+                sample = Sample(sample.prompt, tuple(self._saved.get(f"{name} answer", say)["tokens"]))
+            found.append(_Asked(name, sample))
+        return found
+
+    def _say(self, prompt: tuple[int, ...]) -> _Answer:
+        return _Answer(own_answer(self._model, prompt, tokens=material.OWN_TOKENS))
+
+    def _plan(self, budget: float | None, hard: bool) -> Plan:
+        """How many held-out prompts, by the time that a pass takes."""
+        return Plan(**self._saved.get("plan", partial(self._planned, budget, hard)))
+
+    def _planned(self, budget: float | None, hard: bool) -> Plan:
+        settings, known = self._settings, self._known
+        seconds = dict(known.pass_seconds)
+        for length in settings.lengths:
+            if length not in seconds:
+                [first, *_] = self._asked("held out", length, 1)
+                start = time.perf_counter()
+                self._quality(first, ())
+                seconds[length] = time.perf_counter() - start
+        work = schedule.Work(
+            pass_seconds=seconds,
+            scored=settings.scored,
+            layers=len(self._able),
+            gradient="gradient" in settings.orders,
+            nll="nll" in settings.orders,
+            orders=len(settings.orders),
+            compared=1 + settings.num_random,
+            reuses=self._triangle.reuses,
+        )
+        samples = settings.samples
+        if budget is not None:
+            samples = work.samples_within(budget, most=settings.samples)
+            if hard and work.seconds(samples) > budget:
+                raise ValueError(
+                    f"--time-budget: {budget / 60:g} minutes: even {samples} held-out prompts of each length take "
+                    f"about {schedule.words(work.seconds(samples))}; allow as much, or take shorter --lengths"
+                )
+        return Plan(samples, work.seconds(samples))
+
+    def _gradients(self, scored: Sequence[_Asked]) -> dict[str, list[list[float]]]:
+        settings, found = self._settings, []
+        for index, one in enumerate(scored):
+            self._progress("gradient", index, len(scored))
+            work = partial(score_sample, self._model, one.sample, settings.pattern, objective=settings.objective)
+            found.append(self._saved.get(f"{one.name} gradient", work))
+        return mean_scores([SectionScores(**item) for item in found])
+
+    def _nll(self, scored: Sequence[_Asked]) -> list[list[float]]:
+        """One layer in triangle at a time: [layer][sample], nats that the answer loses; 0 in stock layers."""
+        found = [[0.0] * len(scored) for _ in range(len(self._able) + len(self._stock))]
+        for index, one in enumerate(scored):
+            for at, layer in enumerate(self._able):
+                self._progress("nll", index * len(self._able) + at, len(scored) * len(self._able))
+                found[layer][index] = self._loss(one, (layer,))
+        return found
+
+    def _curves(
+        self, orders: Mapping[str, Sequence[int]], scored: Sequence[_Asked]
+    ) -> tuple[float, dict[str, dict[int, float]]]:
+        """What the prompts that ranked lose: with distant keys hidden from all rows, and with few numbers of layers.
+
+        The first tells whether they need distant keys at all.
+        """
+        pattern, count = self._settings.pattern, len(self._able)
+        streaming = Triangle(pattern.n_init, pattern.n_local, 0)
+        control, losses = [], {name: {k: [0.0] * len(scored) for k in choice.grid(count)} for name in orders}
+        for index, one in enumerate(scored):
+            self._progress("curve", index, len(scored))
+            control.append(self._loss(one, self._able, pattern=streaming))
+            for name, order in orders.items():
+                for k in losses[name]:
+                    losses[name][k][index] = self._loss(one, order[:k])
+        means = {name: {k: statistics.fmean(values) for k, values in found.items()} for name, found in losses.items()}
+        return statistics.fmean(control), means
+
+    def _choose(
+        self, name: str, order: Sequence[int], curve: dict[int, float], samples: int, tried: list[Tried]
+    ) -> int:
+        """Tries few k on held-out prompts, at each length those that passed before it; the largest that holds."""
+        open_sets, chosen = choice.candidates(curve), 0
+        for length in self._settings.lengths:
+            batches = [open_sets]
+            if length != self._settings.lengths[0]:
+                # The largest ones; smaller ones only where those fail.
+                batches = [open_sets[-schedule.LONGER_SETS :], open_sets[: -schedule.LONGER_SETS]]
+            found = Tried(name, length)
+            tried.append(found)
+            chosen = 0
+            for batch in filter(None, batches):
+                self._try(found, order, batch, samples)
+                chosen = choice.choose({k: found.losses[k] for k in batch})
+                if chosen:
+                    break
+            open_sets = [k for k in open_sets if k <= chosen]
+            if not chosen:
+                break
+        return chosen
+
+    def _try(self, found: Tried, order: Sequence[int], sets: Sequence[int], samples: int) -> None:
+        asked = self._asked("held out", found.length, samples)
+        found.correct[0] = statistics.fmean(self._quality(one, ()).correct for one in asked)
+        for k in sets:
+            found.losses[k], found.kl[k] = [], []
+        right = dict.fromkeys(sets, 0)
+        for index, one in enumerate(asked):
+            for at, k in enumerate(sets):
+                what = f"{found.order}, {found.length} tokens"
+                self._progress(what, index * len(sets) + at, len(asked) * len(sets))
+                quality = self._quality(one, order[:k])
+                found.losses[k].append(self._loss(one, order[:k]))
+                found.kl[k].append(quality.kl)
+                right[k] += quality.correct
+        found.correct.update({k: count / len(asked) for k, count in right.items()})
+
+    def _compare(self, k: int, samples: int) -> dict[str, list[float]]:
+        """Other orders' first k layers: deepest, and random ones."""
+        settings = self._settings
+        others = {"deepest": sorted(self._able, reverse=True)}
+        for index in range(settings.num_random):
+            others[f"random {index + 1}"] = ranking.random_order(self._able, seed=settings.seed, index=index)
+        asked = self._asked("held out", settings.lengths[0], samples)
+        found: dict[str, list[float]] = {name: [] for name in others}
+        for index, one in enumerate(asked):
+            for at, (name, order) in enumerate(others.items()):
+                self._progress("compared", index * len(others) + at, len(asked) * len(others))
+                found[name].append(self._loss(one, order[:k]))
+        return found

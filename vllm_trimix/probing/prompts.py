@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_trimix.demo.languages import detect, trained_keys
 from vllm_trimix.measurement.chat_template import Rendered, has_template, render
-from vllm_trimix.measurement.prompt_text import NoRoom, draw_uuid, json_pairs, largest, token_ids
+from vllm_trimix.measurement.prompt_text import NoRoom, largest, token_ids
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.probing import prompt_files
 from vllm_trimix.probing.gradient import Sample
+from vllm_trimix.probing.tasks import Question, Task, tasks_of
 from vllm_trimix.untrusted import read_text as decoded
-
-_KV_HEAD = "Extract the value corresponding to the specified key in the JSON object below.\n\n"
-_KV_TAIL = '\n\nKey: "{key}"\nWhat is the value of this key? Give the value only.'
-_NEEDLE = "One of the special magic numbers for {city} is: {number}."
-_NEEDLE_TAIL = "\n\nWhat is the special magic number for {city} mentioned in the text above? Give the number only."
-_FILLER = (
-    "The grass is green and the sky is blue above the long road.",
-    "A train leaves the station every morning at the same quiet hour.",
-    "Here we go, there and back again, as the river follows the valley.",
-    "The baker opens the shop before the first light reaches the square.",
-    "Nobody remembers who painted the gate by the old garden wall.",
-    "In the evening the boats return and the harbour fills with voices.",
-)
-_CITIES = (
-    "Lisbon", "Oslo", "Nairobi", "Kyoto", "Quito", "Perth", "Tunis", "Riga", "Lima", "Hanoi", "Bergen", "Cork",
-    "Dakar", "Turin", "Malmo", "Kazan", "Leeds", "Busan", "Accra", "Porto",
-)  # fmt: skip
-_NUM_NEEDLES = 8
 
 
 @dataclass(frozen=True)
@@ -39,7 +23,7 @@ class Prompt:
     """A prompt with its tokens.
 
     Attributes:
-        kind: ``kv_retrieval``, ``multi_needle``, ``file`` or ``text``.
+        kind: A task's name, ``file``, ``text`` or ``document``.
         text: As the model reads it, template included.
         answer: What it should say; empty where a file doesn't tell and needn't.
         sample: The same as tokens.
@@ -51,31 +35,32 @@ class Prompt:
     sample: Sample
 
 
+def tasks_for(tokenizer: Any) -> tuple[Task, ...]:
+    """The tasks in the language that a model with this tokenizer speaks, from easy to hard."""
+    return tasks_of(detect(tokenizer), keys=trained_keys(tokenizer))
+
+
 def generate(
     tokenizer: Any,
+    tasks: Sequence[Task],
     *,
     length: int,
     count: int,
-    seed: int,
-    kinds: Sequence[str] = ("kv_retrieval", "multi_needle"),
-    flag: str = "--length",
+    seed: int | str,
+    flag: str = "--lengths",
     template_arguments: Mapping[str, Any] | None = None,
 ) -> list[Prompt]:
-    """``count`` prompts of at most ``length`` tokens, of the kinds by turns.
+    """``count`` prompts of at most ``length`` tokens, of the tasks by turns.
 
-    The asked-for pair or needle lies in the middle half of the text, so that its rows are neither sinks nor last rows.
+    The asked-for item lies in the middle half of the text, so that its rows are neither sinks nor last rows.
 
     Raises:
         ValueError: The length, which ``flag`` sets, leaves no room.
     """
-    makers: dict[str, Callable[[random.Random, int], tuple[str, str]]] = {
-        "kv_retrieval": kv_retrieval,
-        "multi_needle": multi_needle,
-    }
     return [
-        _fit(tokenizer, kind, makers[kind], random.Random(f"{seed} {index}"), length, flag, template_arguments)
+        _fit(tokenizer, task, random.Random(f"{seed} {index}"), length, flag, template_arguments)
         for index in range(count)
-        for kind in [kinds[index % len(kinds)]]
+        for task in [tasks[index % len(tasks)]]
     ]
 
 
@@ -160,58 +145,49 @@ def check_max_length(prompts: list[Prompt], max_length: int | None) -> None:
 
 def _fit(
     tokenizer: Any,
-    kind: str,
-    make: Callable[[random.Random, int], tuple[str, str]],
+    task: Task,
     rng: random.Random,
     length: int,
     flag: str,
     arguments: Mapping[str, Any] | None,
 ) -> Prompt:
-    """The largest text of its kind within the length; its seed's content grows with its size."""
+    """The largest text of its task within the length."""
     state = rng.getstate()
 
     def at(size: int) -> Prompt:
         rng.setstate(state)
-        text, answer = make(rng, size)
-        return _encode(tokenizer, kind, _asked(tokenizer, text, arguments), answer)
+        question = task.write(rng, size)
+        return _encode(tokenizer, task.name, _asked(tokenizer, question, arguments), question.answer)
 
+    if task.sized_by_tokens:
+        try:
+            return at(length)
+        except ValueError as error:
+            raise ValueError(f"{flag}: {length}: {error}") from None
     try:
-        return at(largest(lambda size: len(at(size).sample.prompt), limit=length, low=_NUM_NEEDLES))
+        return at(largest(lambda size: len(at(size).sample.prompt), limit=length, low=task.least))
     except NoRoom as error:
-        raise ValueError(f"{flag}: {length} tokens leave no room for a {kind} prompt; {error}") from None
+        raise ValueError(f"{flag}: {length} tokens leave no room for a {task.name} prompt; {error}") from None
 
 
-def kv_retrieval(rng: random.Random, size: int) -> tuple[str, str]:
-    """A JSON object of ``size`` pairs and a question for one of them, with the answer."""
-    pairs = [(draw_uuid(rng), draw_uuid(rng)) for _ in range(size)]
-    key, value = pairs[rng.randrange(size // 4, size - size // 4)]
-    return _KV_HEAD + json_pairs(pairs) + _KV_TAIL.format(key=key), value
-
-
-def multi_needle(rng: random.Random, size: int) -> tuple[str, str]:
-    """``size`` filler sentences with eight needles and a question for one of them, with the answer."""
-    sentences = [rng.choice(_FILLER) for _ in range(size)]
-    cities = rng.sample(_CITIES, _NUM_NEEDLES)
-    numbers = [str(number) for number in rng.sample(range(1_000_000, 10_000_000), _NUM_NEEDLES)]
-    places = sorted(rng.sample(range(size), _NUM_NEEDLES), reverse=True)
-    # The asked-for needle is the middle one.
-    for place, city, number in zip(places, cities, numbers, strict=True):
-        sentences.insert(place, _NEEDLE.format(city=city, number=number))
-    asked = _NUM_NEEDLES // 2
-    return " ".join(sentences) + _NEEDLE_TAIL.format(city=cities[asked]), numbers[asked]
-
-
-def _asked(tokenizer: Any, text: str, arguments: Mapping[str, Any] | None) -> Rendered:
-    """The text as a user's turn where the tokenizer has a chat template, with the start of the answer."""
+def _asked(tokenizer: Any, question: Question, arguments: Mapping[str, Any] | None) -> Rendered:
+    """The text as a user's turn where the tokenizer has a chat template, with the beginning of the answer."""
+    if not question.prefix:
+        return Rendered(question.text)
     if has_template(tokenizer):
-        return render(tokenizer, [{"role": "user", "content": text}], where="chat template", arguments=arguments)
-    return Rendered(text + "\nAnswer: ")
+        turns = [{"role": "user", "content": question.text}]
+        return render(tokenizer, turns, where="chat template", arguments=arguments, prefix=question.prefix)
+    return Rendered(f"{question.text}\n{question.prefix}")
 
 
 def _encode(tokenizer: Any, kind: str, prompt: Rendered, answer: str) -> Prompt:
-    tokens = token_ids(tokenizer, prompt.text) if prompt.tokens is None else prompt.tokens
-    answer_tokens = tokenizer(answer, add_special_tokens=False).input_ids
-    return Prompt(kind, prompt.text, answer, Sample(tuple(tokens), tuple(answer_tokens)))
+    tokens = tuple(token_ids(tokenizer, prompt.text) if prompt.tokens is None else prompt.tokens)
+    said = tuple(tokenizer(answer, add_special_tokens=False).input_ids)
+    if answer and prompt.tokens is None:
+        # As the two read together, where the answer begins a token.
+        whole = tuple(token_ids(tokenizer, prompt.text + answer))
+        said = whole[len(tokens) :] if whole[: len(tokens)] == tokens else said
+    return Prompt(kind, prompt.text, answer, Sample(tokens, said))
 
 
 def describe(prompts: list[Prompt]) -> Iterator[str]:

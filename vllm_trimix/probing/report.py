@@ -11,204 +11,173 @@ from typing import Any
 
 from vllm_trimix import __version__
 from vllm_trimix.config.layers import format_layers
-from vllm_trimix.probing.choice import CONFIDENCE, MAX_DROP, upper_bound
+from vllm_trimix.probing import words
+from vllm_trimix.probing.choice import CONFIDENCE, MAX_LOSS, upper_bound
 from vllm_trimix.probing.gradient import SECTIONS
-from vllm_trimix.probing.probe import Outcome
+from vllm_trimix.probing.outcome import Outcome, Tried
+from vllm_trimix.probing.plots import plot_importance, plot_quality
 
-_WORDS = {
-    "no_attention": "no attention",
-    "sliding_window": "a sliding window of their own",
-    "chunked_attention": "chunked attention",
-    "learned_sinks": "learned sinks",
-    "position_bias": "a position bias",
-    "not_decoder": "no causal attention",
-    "kv_sharing": "another layer's keys and values",
-}
-_COLOURS = {"streaming": "#56B4E9", "last": "#E69F00", "middle": "#D55E00"}
+_RANKINGS = {"gradient": "Middle Q-K {score}", "nll": "loss with that layer alone in triangle"}
 
 
-def write(folder: Path, outcome: Outcome, *, environment: dict[str, str], prompts: list[str], command: str) -> Path:
-    """Writes ``preset.json``, ``scores.json``, ``report.md``, ``importance.png`` and ``quality.png``.
+def write(folder: Path, outcome: Outcome, *, environment: dict[str, str], kinds: list[str], command: str) -> None:
+    """Writes ``scores.json``, ``report.md``, ``importance.png`` and ``quality.png``, and a preset where one is proven.
 
     Args:
         folder: Where to; it exists.
         outcome: What was found.
         environment: Device and versions.
-        prompts: One line for each kind of prompt.
+        kinds: What there is to say of the prompts.
         command: How to repeat it.
-
-    Returns:
-        The preset.
     """
     preset = folder / "preset.json"
-    preset.write_text(json.dumps(preset_of(outcome, environment, prompts), indent=2) + "\n")
-    scores = {**asdict(outcome), "sections": SECTIONS, "environment": environment, "prompts": prompts}
+    if outcome.chosen:
+        preset.write_text(json.dumps(preset_of(outcome, environment), indent=2) + "\n")
+    else:
+        preset.unlink(missing_ok=True)
+    scores = {**asdict(outcome), "sections": SECTIONS, "environment": environment, "prompts": kinds}
     (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
-    (folder / "report.md").write_text(markdown(outcome, environment, prompts, command), encoding="utf-8")
+    (folder / "report.md").write_text(markdown(outcome, environment, kinds, command), encoding="utf-8")
     plot_importance(outcome, folder / "importance.png")
     plot_quality(outcome, folder / "quality.png")
-    return preset
 
 
-def preset_of(outcome: Outcome, environment: dict[str, str], prompts: list[str]) -> dict[str, Any]:
+def preset_of(outcome: Outcome, environment: dict[str, str]) -> dict[str, Any]:
     """The preset as ``{"trimix": {"preset": FILE}}`` takes it."""
-    pattern, settings = outcome.settings.pattern, outcome.settings
-    k = len(outcome.chosen)
-    drops = outcome.drops["importance"][k]
-    by = f"Middle Q-K {settings.score}" if settings.method != "ablation" else "ablation of Middle Q-K"
+    pattern, settings, k = outcome.settings.pattern, outcome.settings, len(outcome.chosen)
+    order = settings.orders[0]
+    proofs = [
+        f"{upper_bound(tried.losses[k]):.4f} nats at {tried.length} tokens ({len(tried.losses[k])} held-out prompts)"
+        for tried in outcome.tried
+        if tried.order == order
+    ]
+    what = "lose" if outcome.reference == "answers" else "diverge from the dense ones by"
     return {
-        "layers": format_layers(outcome.chosen) if outcome.chosen else "",
+        "layers": format_layers(outcome.chosen),
         "n_init": pattern.n_init,
         "n_local": pattern.n_local,
         "last_n": pattern.last_n,
         "provenance": {
-            "source": f"vllm-trimix probe {__version__}: the {k} layers of least {by} of {settings.model}",
+            "source": f"vllm-trimix probe {__version__}: the {k} layers of least {_ranking(outcome, order)} of "
+            f"{settings.model}",
             "date": datetime.date.today().isoformat(),
-            "measured": f"answers lose {statistics.fmean(drops):.4f} nats on average, at most {upper_bound(drops):.4f} "
-            f"(95%), {len(drops)} held-out prompts ({'; '.join(prompts)}); {environment['device']}, "
+            "measured": f"answers {what} at most {', '.join(proofs)} on average (95%); {environment['device']}, "
             f"torch {environment['torch']}, transformers {environment['transformers']}, {settings.dtype}",
         },
     }
 
 
-def markdown(outcome: Outcome, environment: dict[str, str], prompts: list[str], command: str) -> str:
+def _ranking(outcome: Outcome, order: str) -> str:
+    return _RANKINGS[order].format(score=outcome.settings.score)
+
+
+def markdown(outcome: Outcome, environment: dict[str, str], kinds: list[str], command: str) -> str:
     """The report."""
-    pattern = outcome.settings.pattern
+    settings, pattern = outcome.settings, outcome.settings.pattern
     versions = ", ".join(f"{name} {value}" for name, value in environment.items() if name != "device")
-    dense = statistics.fmean(outcome.correct["importance"][:1])
+    what = (
+        "what the right answer's log-probability loses"
+        if outcome.reference == "answers"
+        else "the divergence KL(dense || now) from the model's own dense answer, over the whole vocabulary, summed "
+        "over its tokens"
+    )
     lines = [
-        f"# Layer probe of {outcome.settings.model}",
+        f"# Layer probe of {settings.model}",
         "",
-        f"**Triangle layers: {format_layers(outcome.chosen)}** ({count(outcome)}).",
+        f"**Triangle layers: {format_layers(outcome.chosen) or 'none'}** ({words.count(outcome)}).",
         "",
+        *(f"- {line}" for line in (*words.screened(outcome), *words.verdict(outcome))),
         f"- Pattern: n_init {pattern.n_init}, n_local {pattern.n_local}, last_n {pattern.last_n}.",
-        f"- Prompts: {'; '.join(prompts)}; half of them held out for the choice.",
-        f"- Held-out answers, dense: {dense:.0%} the likeliest token by token, mean log-probability "
-        f"{statistics.fmean(outcome.logprobs):.3f} nats.",
-        f"- Choice: the largest k whose answers lose at most {MAX_DROP} nats on average, by the upper end of its "
-        f"one-sided {CONFIDENCE:.0%} interval.",
-        f"- {environment['device']}; {versions}; {outcome.settings.dtype}.",
+        f"- Prompts: {settings.scored} to rank, {outcome.plan.samples} held out at each of "
+        f"{', '.join(map(str, settings.lengths))} tokens{''.join(f'; {kind}' for kind in kinds)}.",
+        f"- Loss: {what}, in nats. Mean log-probability of the held-out answers, dense: "
+        f"{statistics.fmean(outcome.logprobs):.3f}.",
+        f"- Control: with distant keys hidden from all rows of all layers answers lose {outcome.control:.3f} nats.",
+        "- Choice: few k where losses begin to grow, tried in ascending order up to the first that fails. A k holds "
+        f"if the upper end of the one-sided {CONFIDENCE:.0%} interval of its mean loss is at most {MAX_LOSS} nats, at "
+        "every length.",
+        f"- {environment['device']}; {versions}; {settings.dtype}.",
         f"- Repeat: `{command}`",
         "",
     ]
-    if dense < 0.5:
-        lines += [
-            "**The model rarely gives these answers even densely: the choice proves little. "
-            "Take prompts that it can answer.**",
-            "",
-        ]
     if outcome.stock:
-        lines += [f"{stock_sentence(outcome.stock)} They stay as they are: not ranked, not in the preset.", ""]
+        lines += [f"{words.stock_sentence(outcome)} They stay as they are: not ranked, not in the preset.", ""]
     lines += ["![importance](importance.png)", "", "![quality](quality.png)", "", *_layer_table(outcome), ""]
-    lines += [*_quality_table(outcome), ""]
+    lines += [*_curve_table(outcome), ""]
+    for tried in outcome.tried:
+        lines += [*_tried_table(outcome, tried), ""]
+    lines += [*_compared_table(outcome), ""]
     return "\n".join(lines)
 
 
-def count(outcome: Outcome) -> str:
-    """How many layers are chosen, of how many."""
-    layers = len(outcome.importance)
-    able = f"{layers - len(outcome.stock)} that can be, in a model of " if outcome.stock else ""
-    return f"{len(outcome.chosen)} of {able}{layers}"
-
-
-def stock_sentence(stock: dict[int, str]) -> str:
-    """Which layers can't be triangle layers, and why."""
-    reasons = dict.fromkeys(stock.values())
-    groups = ((format_layers([layer for layer in stock if stock[layer] == reason]), reason) for reason in reasons)
-    return "Layers without a choice: " + "; ".join(f"{layers} ({_WORDS[reason]})" for layers, reason in groups) + "."
-
-
 def _layer_table(outcome: Outcome) -> list[str]:
-    """A row a layer: every score of the Middle section, and the chosen set."""
-    scores, ablation = outcome.scores or {}, outcome.ablation
-    names = [*scores, *(["ablation (nats)"] if ablation else [])]
+    """A row a layer: what each ranking found of it, and the chosen set."""
+    scores, nll = outcome.scores or {}, outcome.nll
+    names = [*scores, *(["nll (nats)"] if nll else [])]
     lines = [
         "## Middle Q-K by layer",
         "",
         f"| layer | {' | '.join(names)} | rank | triangle |",
         "|---" * (len(names) + 3) + "|",
     ]
-    ranked = outcome.orders["importance"]
-    for layer in range(len(outcome.importance)):
+    ranked = outcome.orders[outcome.settings.orders[0]]
+    for layer in range(len(ranked) + len(outcome.stock)):
         if layer in outcome.stock:
-            lines.append(f"| {layer} | {' | '.join(['-'] * len(names))} | - | {_WORDS[outcome.stock[layer]]} |")
+            lines.append(f"| {layer} | {' | '.join(['-'] * len(names))} | - | {words.STOCK[outcome.stock[layer]]} |")
             continue
         values = [f"{rows[layer][SECTIONS.index('middle')]:.3g}" for rows in scores.values()]
-        values += [f"{statistics.fmean(ablation[layer]):.3g}"] if ablation else []
-        rank = str(ranked.index(layer) + 1) if layer in ranked else "-"
-        lines.append(f"| {layer} | {' | '.join(values)} | {rank} | {'yes' if layer in outcome.chosen else ''} |")
+        values += [f"{statistics.fmean(nll[layer]):.3g}"] if nll else []
+        chosen = "yes" if layer in outcome.chosen else ""
+        lines.append(f"| {layer} | {' | '.join(values)} | {ranked.index(layer) + 1} | {chosen} |")
+    if outcome.correlation is not None:
+        kept = ", ".join(f"{name} keeps {k}" for name, k in outcome.kept.items())
+        lines += [
+            "",
+            f"Rank correlation (Spearman) of the two rankings: {outcome.correlation:.2f}. At equal loss {kept}.",
+        ]
     return lines
 
 
-def _quality_table(outcome: Outcome) -> list[str]:
-    """A row a k: mean drop of every order, the bound of the chosen one, and right answers."""
+def _curve_table(outcome: Outcome) -> list[str]:
+    """Mean losses of the prompts that ranked: where the k to try come from."""
+    lines = ["## The prompts that ranked, with k layers in triangle", ""]
+    lines += [f"| k | {' | '.join(outcome.curve)} |", "|---" * (len(outcome.curve) + 1) + "|"]
+    for k in next(iter(outcome.curve.values())):
+        lines.append(f"| {k} | {' | '.join(f'{losses[k]:.4f}' for losses in outcome.curve.values())} |")
+    return lines
+
+
+def _tried_table(outcome: Outcome, tried: Tried) -> list[str]:
+    """A row a k: mean loss, its bound, divergence, and answers kept."""
+    dense = f"dense {tried.correct[0]:.0%}"
     lines = [
-        "## Answers with k layers in triangle",
+        f"## Held-out answers at {tried.length} tokens, k layers by {tried.order} ({dense} the likeliest)",
         "",
-        f"| k | {' | '.join(f'{name}: drop (nats)' for name in outcome.orders)} | upper bound | answers kept |",
-        "|---" * (len(outcome.orders) + 3) + "|",
+        "| k | loss (nats) | upper bound | KL | answers the likeliest |",
+        "|---|---|---|---|---|",
     ]
-    for k, values in enumerate(outcome.drops["importance"]):
-        means = " | ".join(f"{statistics.fmean(rows[k]):.4f}" for rows in outcome.drops.values())
-        mark = " (chosen)" if k == len(outcome.chosen) else ""
-        kept = outcome.correct["importance"][k]
-        lines.append(f"| {k}{mark} | {means} | {upper_bound(values):.4f} | {kept:.0%} |")
+    first = tried.order == outcome.settings.orders[0]
+    for k in sorted(tried.losses):
+        mark = " (chosen)" if first and k == len(outcome.chosen) else ""
+        losses = tried.losses[k]
+        lines.append(
+            f"| {k}{mark} | {statistics.fmean(losses):.4f} | {upper_bound(losses):.4f} | "
+            f"{statistics.fmean(tried.kl[k]):.4f} | {tried.correct[k]:.0%} |"
+        )
     return lines
 
 
-def plot_importance(outcome: Outcome, path: Path) -> None:
-    """Importance by layer and section; chosen layers shaded."""
-    # Of the extra `plot`.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(max(6.0, 0.28 * len(outcome.importance)), 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    layers = list(range(len(outcome.importance)))
-    for layer in outcome.chosen:
-        axes.axvspan(layer - 0.5, layer + 0.5, color="#009E73", alpha=0.12, linewidth=0)
-    if outcome.scores is not None:
-        rows = outcome.scores[outcome.settings.score]
-        for index, section in enumerate(SECTIONS):
-            offsets = [layer + 0.27 * (index - 1) for layer in layers]
-            heights = [row[index] for row in rows]
-            axes.bar(offsets, heights, width=0.27, color=_COLOURS[section], label=f"{section} Q-K")
-        axes.set_ylabel(outcome.settings.score)
-        axes.legend(frameon=False)
-        largest = max(max(row) for row in rows)
-        if largest > 0:
-            # Layers differ by orders of magnitude; what is 1e-6 of the largest is nothing.
-            axes.set_yscale("symlog", linthresh=largest * 1e-6)
-    else:
-        axes.bar(layers, outcome.importance, color=_COLOURS["middle"])
-        axes.set_ylabel("nats lost without Middle Q-K")
-    axes.set_xlabel("layer (shaded: triangle)")
-    axes.set_xticks(layers[:: max(1, len(layers) // 16)])
-    figure.savefig(path, dpi=120)
-
-
-def plot_quality(outcome: Outcome, path: Path) -> None:
-    """Mean drop against k, one line an order."""
-    # Of the extra `plot`.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    for name, rows in outcome.drops.items():
-        means = [statistics.fmean(values) for values in rows]
-        style: dict[str, Any] = {"color": "#999999", "linewidth": 1, "linestyle": ":"}
-        if name == "importance":
-            style = {"color": _COLOURS["middle"], "linewidth": 2}
-            bounds = [upper_bound(values) for values in rows]
-            axes.fill_between(range(len(rows)), means, bounds, color=_COLOURS["middle"], alpha=0.2, linewidth=0)
-        elif name == "deepest":
-            style = {"color": "#0072B2", "linewidth": 1.5, "linestyle": "--"}
-        axes.plot(range(len(rows)), means, label=name, **style)
-    axes.axhline(MAX_DROP, color="black", linewidth=0.8)
-    axes.axvline(len(outcome.chosen), color="#009E73", linewidth=1)
-    axes.set_yscale("symlog", linthresh=MAX_DROP)
-    lowest = min(statistics.fmean(values) for rows in outcome.drops.values() for values in rows)
-    axes.set_ylim(bottom=min(-0.5 * MAX_DROP, 1.5 * lowest))
-    axes.set_xlabel("k layers in triangle")
-    axes.set_ylabel("answer's log-probability lost (nats)")
-    axes.legend(frameon=False, fontsize="small")
-    figure.savefig(path, dpi=120)
+def _compared_table(outcome: Outcome) -> list[str]:
+    """The same number of layers by other orders."""
+    order = outcome.settings.orders[0]
+    first = next(tried for tried in outcome.tried if tried.order == order)
+    k = len(outcome.chosen) or outcome.kept[order] or min(first.losses)
+    count = len(next(iter(outcome.compared.values())))
+    lines = [
+        f"## Other sets of {k} layers, {count} held-out answers at {first.length} tokens",
+        "",
+        "| layers | loss (nats) |",
+        "|---|---|",
+        f"| by {order} | {statistics.fmean(first.losses[k][:count]):.4f} |",
+    ]
+    return lines + [f"| {name} | {statistics.fmean(losses):.4f} |" for name, losses in outcome.compared.items()]

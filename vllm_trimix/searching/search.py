@@ -20,8 +20,8 @@ import torch
 from vllm_trimix.hf_attention.layers import num_layers
 from vllm_trimix.patterns.base import DynamicPattern
 from vllm_trimix.patterns.registry import describe
-from vllm_trimix.probing.choice import Quality, answer_quality
 from vllm_trimix.probing.gradient import Sample
+from vllm_trimix.probing.passes import Quality, answer_quality
 from vllm_trimix.probing.saved import Saved
 from vllm_trimix.searching.choice import Budget, by_block_size
 from vllm_trimix.searching.measure import Measured

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from vllm_trimix.demo.languages import ENGLISH, RECORDS, VAULT
 from vllm_trimix.demo.prompts import DemoPrompt, make_demo_prompt
 from vllm_trimix.evaluation import haystack, making, passages
-from vllm_trimix.evaluation.languages import ENGLISH, RECORDS, VAULT
 from vllm_trimix.evaluation.making import Asked, Write, generator
 from vllm_trimix.evaluation.own_languages import ANSWER_TOKENS, records, vault
 from vllm_trimix.evaluation.sample import Measure, Sample

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from vllm_trimix.demo.languages import ENGLISH, RECORDS, VAULT
 from vllm_trimix.evaluation.haystack import ANSWER_TOKENS, needles
-from vllm_trimix.evaluation.languages import ENGLISH, RECORDS, VAULT
 from vllm_trimix.evaluation.making import fill
 from vllm_trimix.evaluation.own_languages import records, vault_hops
 from vllm_trimix.evaluation.sample import Sample

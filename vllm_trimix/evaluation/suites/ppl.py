@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
+from vllm_trimix.demo.languages import ENGLISH, RECORDS, VAULT, trained_keys
 from vllm_trimix.demo.prompts import make_demo_prompt
 from vllm_trimix.demo.trained_spec import MIN_RECORDS, repeats_of
 from vllm_trimix.demo.trained_task import draw_document, trained_vocabulary
 from vllm_trimix.evaluation import making, reach
-from vllm_trimix.evaluation.languages import ENGLISH, RECORDS, VAULT, trained_keys
 from vllm_trimix.evaluation.sample import Measure, Sample
 from vllm_trimix.evaluation.suite import Context, Suite, Unavailable
 from vllm_trimix.measurement.prompt_text import token_ids

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from vllm_trimix.demo.haystacks import records_only, repeated
-from vllm_trimix.evaluation.languages import ENGLISH, RECORDS, VAULT
+from vllm_trimix.demo.languages import ENGLISH, RECORDS, VAULT
 from vllm_trimix.evaluation.making import Asked, fill, generator
 from vllm_trimix.evaluation.own_languages import records, vault
 from vllm_trimix.evaluation.sample import Sample

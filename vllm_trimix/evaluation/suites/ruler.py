@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from vllm_trimix.demo.haystacks import records_only, repeated, varied
+from vllm_trimix.demo.languages import ENGLISH, RECORDS, VAULT
 from vllm_trimix.evaluation import documents, haystack, lm_eval_ruler
-from vllm_trimix.evaluation.languages import ENGLISH, RECORDS, VAULT
 from vllm_trimix.evaluation.making import Write, fill
 from vllm_trimix.evaluation.own_languages import records, vault, vault_hops
 from vllm_trimix.evaluation.sample import Sample

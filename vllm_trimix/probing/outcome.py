@@ -1,0 +1,132 @@
+"""What decides a probe, and what it found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vllm_trimix.patterns.triangle import Triangle
+from vllm_trimix.probing.choice import MIN_CONTROL
+from vllm_trimix.probing.gradient import Objective
+from vllm_trimix.probing.material import Reference
+from vllm_trimix.probing.screening import Screened
+
+Method = Literal["gradient", "nll", "both"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a probe's figures; a stopped probe goes on only under the same.
+
+    Attributes:
+        model: As the user named it.
+        pattern: The triangle's parameters.
+        method: Which rankings are made; with ``both`` sets of either are tried.
+        score: Gradient score that ranks.
+        objective: What the gradient is of.
+        num_random: Random orders to compare with.
+        seed: Of prompts and random orders.
+        lengths: Of prompts, in tokens, ascending.
+        prompts: Hash of what else decides the prompts.
+        scored: Prompts that rank.
+        samples: Held-out prompts of each length; the most where there is a time budget.
+        dtype: Of weights and activations.
+        device: Where it runs.
+    """
+
+    model: str
+    pattern: Triangle
+    method: Method
+    score: str
+    objective: Objective
+    num_random: int
+    seed: int
+    lengths: tuple[int, ...]
+    prompts: str
+    scored: int
+    samples: int
+    dtype: str
+    device: str
+
+    @property
+    def orders(self) -> tuple[str, ...]:
+        """The rankings that are made; the first one chooses."""
+        return ("gradient", "nll") if self.method == "both" else (self.method,)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was decided by the time that a pass takes; kept, so that going on repeats it.
+
+    Attributes:
+        samples: Held-out prompts of each length.
+        seconds: That the probe was expected to take from here on.
+    """
+
+    samples: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Tried:
+    """Layer sets on held-out prompts.
+
+    Attributes:
+        order: Which ranking they are the first layers of.
+        length: Of the prompts, in tokens.
+        losses: k -> what each answer lost, in nats.
+        kl: k -> each answer's divergence from the dense one, in nats.
+        correct: k -> share of the answers that stay the likeliest; 0 is dense.
+    """
+
+    order: str
+    length: int
+    losses: dict[int, list[float]] = field(default_factory=dict)
+    kl: dict[int, list[float]] = field(default_factory=dict)
+    correct: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a probe found.
+
+    Attributes:
+        settings: As it ran.
+        reference: What answers are held against: the right ones, or the model's own dense ones.
+        screened: The tasks that were tried.
+        plan: How many prompts, and the time that was expected.
+        scores: Mean gradient scores: score -> [layer][section]; None without that ranking.
+        nll: [layer][sample], nats that an answer loses with this layer alone in triangle; None without that ranking.
+        stock: Layers that stay as they are by the model's own design, never in a set, with the reason.
+        orders: Ranking -> layers, the least important first.
+        correlation: Rank correlation of two rankings; None for one.
+        curve: Ranking -> k -> mean loss of the prompts that ranked.
+        control: Nats lost by those with distant keys hidden from all rows of all layers.
+        tried: Sets on held-out prompts, by length and ranking.
+        compared: Other orders -> losses of their first k layers on the first held-out prompts, k being the choice's.
+        logprobs: [sample], the dense answers' log-probability, of the shortest length.
+        chosen: Triangle layers; empty where nothing is proven.
+        kept: Ranking -> how many layers it would choose.
+    """
+
+    settings: Settings
+    reference: Reference
+    screened: tuple[Screened, ...]
+    plan: Plan
+    scores: dict[str, list[list[float]]] | None
+    nll: list[list[float]] | None
+    stock: dict[int, str]
+    orders: dict[str, list[int]]
+    correlation: float | None
+    curve: dict[str, dict[int, float]]
+    control: float
+    tried: list[Tried]
+    compared: dict[str, list[float]]
+    logprobs: list[float]
+    chosen: list[int]
+    kept: dict[str, int]
+
+    @property
+    def proven(self) -> bool:
+        """Whether the prompts could have shown a loss: without distant keys their answers are lost."""
+        return self.control >= MIN_CONTROL
