@@ -94,8 +94,8 @@ def test_no_prompt_ends_in_a_thought(manner: str) -> None:
     assert rendered.text.startswith("<s>[user]Where? <think>[assistant]")
     assert rendered.text.endswith(f"{end} It is")
     # All who render do so.
-    generated = prompts.generate(tokenizer, length=4000, count=1, seed=0)[0]
-    assert generated.text.endswith(end)
+    generated = prompts.generate(tokenizer, prompts.tasks_for(tokenizer), length=4000, count=1, seed=0)[0]
+    assert generated.text.endswith(f"{end}The special magic number for Lima mentioned in the provided text is")
     asked = tokens_of(Context(tokenizer=tokenizer, chat=True), Asked("Where?", ("x",), prefix=" It is"))
     assert tokenizer.decode(asked).endswith(f"{end} It is")
 
@@ -240,9 +240,9 @@ def test_a_mistral_tokenizer_alone(tmp_path: Path, capsys: pytest.CaptureFixture
     control = tokenizer.convert_tokens_to_ids(["[INST]", "[/INST]"])
     assert [token for token in tokens if token in control] == control
     assert tokens[0] == tokenizer.bos_token_id
-    (prompt,) = prompts.generate(tokenizer, length=1500, count=1, seed=0)
+    (prompt,) = prompts.generate(tokenizer, prompts.tasks_for(tokenizer), length=1500, count=1, seed=0)
     assert "[transformers]" not in capsys.readouterr().err
-    assert prompt.sample.prompt[-1] == control[1]
+    assert [token for token in prompt.sample.prompt if token in control] == control
     assert 1400 < len(prompt.sample.prompt) <= 1500
     with pytest.raises(ValueError, match="refuses it"):
         render(tokenizer, [{"role": "poet", "content": "a"}], where="here")

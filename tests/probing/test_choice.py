@@ -1,14 +1,15 @@
-"""Ranking, the bound, and the choice; what each costs on the circuit models."""
+"""Ranking, the bound, where sets are looked for, and the choice."""
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 
 import pytest
 
-from tests.probing.models import circuit, question, sample, tiny
-from vllm_trimix.patterns.triangle import Triangle
-from vllm_trimix.probing.choice import TriangleModel, choose, orders, rank, upper_bound
+from vllm_trimix.probing.choice import MAX_LOSS, candidates, choose, grid, prompts_needed, upper_bound
+from vllm_trimix.probing.ranking import random_order, rank, rank_correlation
 
 
 def test_rank_takes_the_deeper_among_equals() -> None:
@@ -16,13 +17,19 @@ def test_rank_takes_the_deeper_among_equals() -> None:
     assert rank([0.0, 2.0, 0.0, 1.0], excluded=[0, 3]) == [2, 1]
 
 
-def test_orders_hold_the_same_layers() -> None:
-    found = orders([3.0, 1.0, 2.0, 0.0, 0.0], excluded=[1], num_random=2, seed=0)
-    assert found["importance"] == [4, 3, 2, 0]
-    assert found["deepest"] == [4, 3, 2, 0]
-    assert all(sorted(order) == [0, 2, 3, 4] for order in found.values())
-    assert found == orders([3.0, 1.0, 2.0, 0.0, 0.0], excluded=[1], num_random=2, seed=0)
-    assert found["random 1"] != found["random 2"]
+def test_random_orders_hold_the_same_layers() -> None:
+    orders = [random_order([0, 2, 3, 4, 7], seed=0, index=index) for index in range(3)]
+    assert all(sorted(order) == [0, 2, 3, 4, 7] for order in orders)
+    assert orders == [random_order([7, 4, 3, 2, 0], seed=0, index=index) for index in range(3)]
+    assert len({tuple(order) for order in orders}) > 1
+
+
+def test_rank_correlation_is_spearmans() -> None:
+    assert rank_correlation([3, 1, 2, 0], [3, 1, 2, 0]) == 1
+    assert rank_correlation([3, 1, 2, 0], [0, 2, 1, 3]) == -1
+    # 1 - 6 * (1 + 1) / (4 * 15): two neighbours change places.
+    assert rank_correlation([0, 1, 2, 3], [1, 0, 2, 3]) == pytest.approx(0.8)
+    assert rank_correlation([0, 1], [1, 0]) is None
 
 
 def test_the_bound_is_students() -> None:
@@ -34,47 +41,59 @@ def test_the_bound_is_students() -> None:
     assert upper_bound([0.0]) == math.inf
 
 
+def test_so_many_prompts_would_do() -> None:
+    """The same values again and again: at that number the bound is within the limit, well before it isn't."""
+    values = [0.0, 0.012, 0.004, 0.02, -0.004, 0.008]
+    needed = prompts_needed(values)
+    assert needed is not None
+    assert needed > len(values)
+    more = [value for _, value in zip(range(needed), itertools.cycle(values), strict=False)]
+    assert upper_bound(more) <= MAX_LOSS
+    assert upper_bound(more[: needed // 3]) > MAX_LOSS
+    assert prompts_needed([0.01, 0.03]) is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 12, 30, 80])
+def test_few_sets_around_the_turn(count: int) -> None:
+    steps = grid(count)
+    assert steps[-1] == count
+    assert len(steps) <= 5
+    for last_good in [0, *steps]:
+        curve = {k: 0.0 if k <= last_good else 1.0 for k in steps}
+        found = candidates(curve)
+        assert found == sorted(set(found))
+        assert 1 <= len(found) <= 4
+        beyond = min([k for k in steps if k > last_good], default=count)
+        assert 1 <= found[0] <= max(1, last_good or beyond)
+        assert found[-1] <= beyond
+        assert last_good == 0 or last_good in found
+
+
+def test_a_dip_in_the_curve_is_no_turn() -> None:
+    assert max(candidates({2: 0.0, 4: 0.5, 6: 0.0, 8: 0.0, 10: 0.0})) < 4
+
+
 @pytest.mark.parametrize(
-    ("drops", "expected"),
+    ("losses", "expected"),
     [
-        ([[0.0, 0.0]], 0),
-        ([[0.0, 0.0], [0.009, 0.009], [0.011, 0.011]], 1),
+        ({1: [0.0, 0.0]}, 1),
+        ({4: [0.009, 0.009], 6: [0.011, 0.011]}, 4),
         # The mean is small, but not surely.
-        ([[0.0, 0.0], [0.0, 0.018]], 0),
-        # A gain is no loss; a later k may be better than one before.
-        ([[0.0, 0.0], [0.5, 0.5], [-0.2, -0.2]], 2),
+        ({1: [0.0, 0.018]}, 0),
+        # Behind one that fails nothing is chosen: the best of many would be chosen by chance.
+        ({1: [0.5, 0.5], 2: [-0.2, -0.2]}, 0),
     ],
 )
-def test_choice(drops: list[list[float]], expected: int) -> None:
-    assert choose(drops) == expected
+def test_choice(losses: dict[int, list[float]], expected: int) -> None:
+    assert choose(losses) == expected
 
 
-def test_quality_is_the_answers_log_probability() -> None:
-    model, probe = tiny("llama"), sample(60, 3)
-    with TriangleModel(model, Triangle(3, 17, 9)) as triangle:
-        dense = triangle.quality(probe, ())
-        sparse = triangle.quality(probe, (1, 2))
-        assert triangle.quality(probe, ()) == dense
-    assert dense.logprob < 0
-    assert sparse.logprob != dense.logprob
-    assert not hasattr(model.model.layers[0].self_attn, "trimix")
-
-
-def test_windowed_layers_are_found() -> None:
-    for name, layers in (("gemma2", {0, 2}), ("gemma3", {0, 1, 2, 3}), ("llama", set())):
-        with TriangleModel(tiny(name), Triangle(3, 17, 9)) as triangle:
-            assert triangle.stock == dict.fromkeys(layers, "sliding_window")
-
-
-@pytest.mark.parametrize("lookup", [1, 2, 3, 4, 5])
-def test_ablation_finds_the_lookup_layer_at_every_depth(lookup: int) -> None:
-    model, tokenizer = circuit(lookup=lookup)
-    probe = question(tokenizer, tokens=800, hops=2, seed=3)
-    with TriangleModel(model, Triangle()) as triangle:
-        dense = triangle.quality(probe, ())
-        for layer in range(8):
-            now = triangle.quality(probe, (layer,))
-            assert now.correct is (layer != lookup)
-            assert (dense.logprob - now.logprob > 5) is (layer == lookup)
-        others = set(range(8)) - {lookup}
-        assert triangle.quality(probe, others).logprob == pytest.approx(dense.logprob, abs=1e-6)
+def test_a_set_that_loses_too_much_is_rarely_chosen() -> None:
+    """Ten sets, each of which truly loses a little more than allowed: one in twenty choices may be wrong, not one in
+    three, as with the best of ten."""
+    rng = random.Random(0)
+    wrong = 0
+    for _ in range(400):
+        losses = {k: [rng.gauss(1.05 * MAX_LOSS, 0.02) for _ in range(16)] for k in range(1, 11)}
+        wrong += choose(losses) > 0
+    assert wrong / 400 < 0.08

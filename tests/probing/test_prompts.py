@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from vllm_trimix.patterns.triangle import Triangle
-from vllm_trimix.probing.prompts import check_lengths, describe, generate, read
+from vllm_trimix.probing.prompts import check_lengths, describe, generate, read, tasks_for
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
 
@@ -30,31 +30,35 @@ def tokenizer() -> Any:
 @pytest.mark.parametrize("template", [None, TEMPLATE])
 def test_prompts_fill_the_length(tokenizer: Any, template: str | None) -> None:
     tokenizer.chat_template = template
-    prompts = generate(tokenizer, length=6000, count=6, seed=7)
-    assert [prompt.kind for prompt in prompts] == ["kv_retrieval", "multi_needle"] * 3
+    tasks = tasks_for(tokenizer)
+    names = ["needle", "passkey", "few_needles", "multi_needle", "kv_retrieval"]
+    prompts = generate(tokenizer, tasks, length=6000, count=10, seed=7)
+    assert [prompt.kind for prompt in prompts] == names * 2
     for prompt in prompts:
         assert 0.95 * 6000 < len(prompt.sample.prompt) <= 6000
-        # What is asked for stands once, far from both ends.
+        # What is asked for stands once (a pass key twice, side by side), far from both ends.
         place = prompt.text.index(prompt.answer)
-        assert prompt.text.count(prompt.answer) == 1
+        assert prompt.text.count(prompt.answer.strip()) == (2 if prompt.kind == "passkey" else 1)
         assert 0.1 < place / len(prompt.text) < 0.9
         assert tokenizer.decode(prompt.sample.answer) == prompt.answer
         assert prompt.text.startswith("<s><user>") is (template is not None)
-    assert generate(tokenizer, length=6000, count=6, seed=7) == prompts
-    assert len({prompt.answer for prompt in prompts + generate(tokenizer, length=6000, count=6, seed=8)}) == 12
-    assert next(iter(describe(prompts))).startswith("3 kv_retrieval, 5")
+        # The answer's beginning is given, so that the answer itself comes next.
+        assert prompt.text.endswith((" is", ' is "'))
+    assert generate(tokenizer, tasks, length=6000, count=10, seed=7) == prompts
+    assert len({prompt.answer for prompt in prompts + generate(tokenizer, tasks, length=6000, count=10, seed=8)}) == 20
+    assert next(iter(describe(prompts))).startswith("2 few_needles, 5")
 
 
 def test_a_template_brings_its_own_start(tokenizer: Any) -> None:
     tokenizer.chat_template = TEMPLATE
-    tokens = generate(tokenizer, length=2000, count=1, seed=0)[0].sample.prompt
+    tokens = generate(tokenizer, tasks_for(tokenizer), length=2000, count=1, seed=0)[0].sample.prompt
     assert (tokens[0], tokens.count(tokenizer.bos_token_id)) == (tokenizer.bos_token_id, 1)
 
 
 def test_too_short(tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match=r"--length: 300 tokens leave no room for a kv_retrieval prompt; the shortest"):
-        generate(tokenizer, length=300, count=2, seed=0)
-    prompts = generate(tokenizer, length=1500, count=1, seed=0)
+    with pytest.raises(ValueError, match=r"--lengths: 300 tokens leave no room for a kv_retrieval prompt; the shortest"):
+        generate(tokenizer, tasks_for(tokenizer)[-1:], length=300, count=2, seed=0)
+    prompts = generate(tokenizer, tasks_for(tokenizer)[-1:], length=1500, count=1, seed=0)
     with pytest.raises(ValueError, match=r"prompt 1 has 14\d\d tokens: the triangle hides nothing up to 1648"):
         check_lengths(prompts, Triangle(n_local=1512), max_length=None)
     with pytest.raises(ValueError, match=r"prompt 1 has 14\d\d tokens: the model takes 512"):

@@ -61,7 +61,7 @@ def test_one_layer_more_is_the_lookup_layer_and_fails(tmp_path: Path, probed: tu
     """Questions of one hop don't need it."""
     model, folder = probed
     scores = json.loads((folder / "scores.json").read_text())
-    order, k = scores["orders"]["importance"], len(scores["chosen"])
+    order, k = scores["orders"]["gradient"], len(scores["chosen"])
     assert order[k] == 4
     entry = {"layers": format_layers(order[: k + 1])}
     assert right_answers(tmp_path, model, entry, range(100, 102)) == {1: 1, 2: 0}
@@ -71,6 +71,6 @@ def test_one_layer_more_is_the_lookup_layer_and_fails(tmp_path: Path, probed: tu
 def test_one_layer_fewer_answers_too(tmp_path: Path, probed: tuple[Path, Path]) -> None:
     model, folder = probed
     scores = json.loads((folder / "scores.json").read_text())
-    entry = {"layers": format_layers(scores["orders"]["importance"][: len(scores["chosen"]) - 1])}
+    entry = {"layers": format_layers(scores["orders"]["gradient"][: len(scores["chosen"]) - 1])}
     assert right_answers(tmp_path, model, entry, range(100, 104)) == {1: 1, 2: 1}
     assert right_answers(tmp_path, model, {"preset": str(folder / "preset.json")}, range(100, 104)) == {1: 1, 2: 1}

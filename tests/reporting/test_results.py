@@ -19,7 +19,8 @@ from tests.reporting.reading import Page, report
 from vllm_trimix.cli.main import main
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.probing import report as probe_report
-from vllm_trimix.probing.probe import Outcome, Settings
+from vllm_trimix.probing.outcome import Outcome, Plan, Settings, Tried
+from vllm_trimix.probing.screening import Screened
 from vllm_trimix.reporting.page import MAX_LETTERS
 
 ROOT = Path(__file__).parents[2]
@@ -126,22 +127,43 @@ def test_the_same_results_give_the_same_bytes(page: Page, tmp_path: Path) -> Non
 def _probe(folder: Path) -> Path:
     """What a probe of a model of four layers leaves."""
     folder.mkdir()
-    settings = Settings("org/made-up", Triangle(), "gradient", "grad", "answer", 0, 0, "0", "bfloat16", "cpu")
-    drops = [[0.0, 0.0], [0.001, 0.002], [0.002, 0.003], [0.5, 0.7], [2.0, 3.0]]
+    settings = Settings(
+        model="org/made-up",
+        pattern=Triangle(),
+        method="gradient",
+        score="grad",
+        objective="logit",
+        num_random=1,
+        seed=0,
+        lengths=(2048,),
+        prompts="0",
+        scored=2,
+        samples=2,
+        dtype="bfloat16",
+        device="cpu",
+    )
+    losses = {1: [0.001, 0.002], 2: [0.002, 0.003], 3: [0.5, 0.7]}
+    tried = Tried("gradient", 2048, losses, losses, {0: 1.0, 1: 1.0, 2: 1.0, 3: 0.5})
     outcome = Outcome(
         settings=settings,
         scores={"grad": [[0.1, 0.2, 0.3 * layer] for layer in range(4)]},
-        ablation=None,
-        importance=[0.0, 0.3, 0.6, 0.9],
+        reference="answers",
+        screened=(Screened("needle", 2048, 4, 4),),
+        plan=Plan(2, 60.0),
+        nll=None,
         stock={},
-        orders={"importance": [0, 1, 2, 3]},
-        drops={"importance": drops},
-        correct={"importance": [1.0, 1.0, 1.0, 0.5, 0.0]},
+        orders={"gradient": [0, 1, 2, 3]},
+        correlation=None,
+        curve={"gradient": {1: 0.001, 2: 0.002, 4: 0.7}},
+        control=3.0,
+        tried=[tried],
+        compared={"deepest": [2.0, 3.0]},
         logprobs=[-0.1, -0.2],
         chosen=[0, 1],
+        kept={"gradient": 2},
     )
     environment = {"device": "Some CPU, 2 threads", "torch": "2.13.0", "transformers": "5.19.0", "python": "3.11.7"}
-    probe_report.write(folder, outcome, environment=environment, prompts=["made up"], command="vllm-trimix probe x")
+    probe_report.write(folder, outcome, environment=environment, kinds=["made up"], command="vllm-trimix probe x")
     (folder / "progress.json").write_text(json.dumps({"settings": {}, "results": {"unfinished": 1}}))
     return folder
 
@@ -150,7 +172,7 @@ def test_a_probe(tmp_path: Path) -> None:
     page = report(_probe(tmp_path / "trimix-probe"), output=tmp_path / "page.html")
     assert page.raw.decode().count("<h2>Layer probe of org/made-up</h2>") == 1
     assert [image["alt"] for image in page.attributes("img")] == ["importance", "quality"]
-    assert ["2 (chosen)", "0.0025", "0.0057", "100%"] in [row for table in page.tables for row in table]
+    assert ["2 (chosen)", "0.0025", "0.0057", "0.0025", "100%"] in [row for table in page.tables for row in table]
     # The environment's device and the preset's date; what an unfinished probe needs is no result.
     assert page.text.count("Some CPU, 2 threads") >= 2
     assert len(page.pre) == 2

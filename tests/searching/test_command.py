@@ -202,16 +202,17 @@ def test_a_kill_keeps_what_is_done(model: Path, prompts: Path, tmp_path: Path) -
     assert (tmp_path / "heads.json").exists()
 
 
-def test_kv_retrieval_and_texts(
+def test_own_tasks_and_texts(
     model: Path, candidates: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--candidates", str(candidates), "--layers", "0,2", "--budget", "1"]
     command = ["search", str(model), "--lengths", "700, 900", "--samples", "1", *flags]
     assert main([*command, "--output", str(tmp_path / "kv")]) == 0
     out, err = capsys.readouterr()
-    assert "2 kv_retrieval, " in err
-    assert "right, dense 0; " in out
-    assert "even densely: the check proves little" in out
+    # The hardest task in the model's own language, which it does.
+    assert "2 2_hop, " in err
+    assert "right, dense 2; " in out
+    assert "the check proves little" not in out
     # Layer 2 is a triangle layer by the preset; searched beside another one, it stays one.
     assert served(out) == {"shallow": {"heads": str(tmp_path / "kv/heads.json"), "layers": "0"}}
     text = tmp_path / "text.txt"
@@ -235,7 +236,7 @@ def test_kv_retrieval_and_texts(
         (["--lengths", "128"], "--lengths: '128' is no length of more than 128 tokens, the last rows that stay dense"),
         (["--lengths", "4096,"], "--lengths: '' is no length"),
         (["--lengths", "700000"], "--lengths: 700000 tokens: the model takes 131072; take shorter prompts"),
-        (["--lengths", "200"], "--lengths: 200 tokens leave no room for a kv_retrieval prompt"),
+        (["--lengths", "200"], "--lengths: 200: tokens: 200 is too short for a 2-hop document"),
         (["--budget", "0"], "--budget: 0.0 is no share of dense attention's keys"),
         (["--head-budget", "nan"], "--head-budget: nan is no share"),
         (["--samples", "0"], "--samples: 0 is too small; the least is 1"),

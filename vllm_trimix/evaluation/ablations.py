@@ -84,9 +84,10 @@ def read_order(folder: Path) -> list[int]:
     """
     path = folder / "scores.json"
     try:
-        order = json.loads(path.read_text())["orders"]["importance"]
+        # The first ranking is the one that chose.
+        order = next(iter(json.loads(path.read_text())["orders"].values()))
         return [int(layer) for layer in order]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError, StopIteration):
         raise ValueError(f"--probe: {path} holds no results of vllm-trimix probe") from None
 
 

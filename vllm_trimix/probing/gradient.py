@@ -236,24 +236,36 @@ def _probing(model: Any, recorder: _Recorder) -> Iterator[TriangleAttention]:
     settings = install(model, layers=[], pattern=recorder.pattern)
     settings.prompt_len, settings.attend = recorder.prompt_len, recorder.attend
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    layers, inputs = list(hf_layers.layer_list(model)), None
+    layers, inputs, stack = list(hf_layers.layer_list(model)), None, contextlib.ExitStack()
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
         # Not transformers' own gradient checkpointing: that needs training mode, where routers draw noise and some
         # models want more inputs, and not every model has it.
         for layer in layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            stack.enter_context(replaced_forward(layer, partial(checkpoint, layer.forward, use_reentrant=False)))
         inputs = model.get_input_embeddings().register_forward_hook(_differentiable)
         yield settings
     finally:
+        stack.close()
         if inputs is not None:
             inputs.remove()
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
         for parameter in trainable:
             parameter.requires_grad_(True)
         settings.remove()
+
+
+@contextlib.contextmanager
+def replaced_forward(module: Any, forward: Any) -> Iterator[None]:
+    """A module with another forward pass; one that others gave it (accelerate does) comes back."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def _differentiable(module: Any, arguments: Any, output: torch.Tensor) -> torch.Tensor:

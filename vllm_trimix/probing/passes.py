@@ -13,7 +13,7 @@ import torch
 from vllm_trimix.hf_attention import install
 from vllm_trimix.hf_attention import layers as hf_layers
 from vllm_trimix.patterns.triangle import Triangle
-from vllm_trimix.probing.gradient import Sample, answer_logits
+from vllm_trimix.probing.gradient import Sample, answer_logits, replaced_forward
 
 
 @dataclass(frozen=True)
@@ -124,14 +124,10 @@ class TriangleModel:
     @contextlib.contextmanager
     def _beginning_at(self, first: int) -> Iterator[None]:
         """Layers below the first give back what they gave densely."""
-        below = self._layers[:first]
-        try:
-            for layer, output in zip(below, self._outputs, strict=False):
-                layer.forward = partial(_give, output)
+        with contextlib.ExitStack() as stack:
+            for layer, output in zip(self._layers[:first], self._outputs, strict=False):
+                stack.enter_context(replaced_forward(layer, partial(_give, output)))
             yield
-        finally:
-            for layer in below:
-                layer.__dict__.pop("forward", None)
 
     def _record(self, index: int, module: Any, arguments: Any, output: Any) -> None:
         self._outputs[index] = output
