@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from tests.evaluation import tokenizers
-from vllm_trimix.demo.vocabulary import build_tokenizer, vocabulary
 from vllm_trimix.demo.languages import LANGUAGES, detect, trained_keys
+from vllm_trimix.demo.vocabulary import build_tokenizer, vocabulary
 from vllm_trimix.measurement.prompt_text import NeverLonger, NoRoom, largest
 
 

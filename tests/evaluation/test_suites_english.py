@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tests.evaluation import tokenizers
-from vllm_trimix.evaluation import documents, haystack, reach
 from vllm_trimix.demo.languages import ENGLISH
+from vllm_trimix.evaluation import documents, haystack, reach
 from vllm_trimix.evaluation.making import Write, fill
 from vllm_trimix.evaluation.sample import METRICS, Measure, Sample
 from vllm_trimix.evaluation.suite import Context, MakeSamples, Unavailable

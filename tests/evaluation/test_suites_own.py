@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.evaluation import tokenizers
-from vllm_trimix.demo.prompts import make_demo_prompt
 from vllm_trimix.demo.languages import RECORDS, VAULT
+from vllm_trimix.demo.prompts import make_demo_prompt
 from vllm_trimix.evaluation.sample import METRICS, Measure, Sample
 from vllm_trimix.evaluation.suite import Context
 from vllm_trimix.evaluation.suites.registry import SUITES

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.evaluation import tokenizers
-from vllm_trimix.evaluation import documents, haystack, lm_eval_ruler, reach
 from vllm_trimix.demo.languages import ENGLISH
+from vllm_trimix.evaluation import documents, haystack, lm_eval_ruler, reach
 from vllm_trimix.evaluation.sample import METRICS, Sample
 from vllm_trimix.evaluation.suite import Context, Unavailable
 from vllm_trimix.evaluation.suites.registry import SUITES

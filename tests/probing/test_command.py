@@ -47,17 +47,20 @@ def arguments(model: Path, prompts: Path, output: Path) -> list[str]:
 def test_finds_the_layers_and_writes_everything(
     model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*arguments(model, prompts, tmp_path), "--method", "both"]) == 0
+    assert main([*arguments(model, prompts, tmp_path), "--method", "both", "--dtype", "float32"]) == 0
     out, err = capsys.readouterr()
     assert "triangle layers: 0,2-3 (3 of 4)" in out
     assert f'--attention-backend TRIMIX --additional-config \'{{"trimix": {{"preset": "{tmp_path}/preset.json"' in out
+    assert "4 prompts of a file, held against right answers; about " in err
     assert "4 file, 800-800 tokens" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES
     resolved = resolve({"preset": str(tmp_path / "preset.json")}, model="any", num_layers=4)
     assert (resolved.layers, resolved.triangle) == ((0, 2, 3), Triangle())
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["chosen"] == [0, 2, 3]
-    assert [layer for layer, row in enumerate(scores["ablation"]) if min(row) > 5] == [1]
+    assert [layer for layer, row in enumerate(scores["nll"]) if min(row) > 5] == [1]
+    assert scores["correlation"] == pytest.approx(1, abs=0.5)
+    assert scores["control"] > 5
     report = (tmp_path / "report.md").read_text()
     assert "**Triangle layers: 0,2-3** (3 of 4)" in report
     assert "| 3 (chosen) |" in report
@@ -71,7 +74,8 @@ def test_ablation_alone(model: Path, prompts: Path, tmp_path: Path) -> None:
     assert main([*arguments(model, prompts, tmp_path), "--method", "ablation"]) == 0
     preset = json.loads((tmp_path / "preset.json").read_text())
     assert preset["layers"] == "0,2-3"
-    assert "ablation of Middle Q-K" in preset["provenance"]["source"]
+    assert "least loss with that layer alone in triangle" in preset["provenance"]["source"]
+    assert json.loads((tmp_path / "scores.json").read_text())["scores"] is None
 
 
 def test_goes_on_where_it_was(
@@ -88,6 +92,7 @@ def test_goes_on_where_it_was(
     monkeypatch.setattr("vllm_trimix.probing.probe.score_sample", counted)
     assert main(arguments(model, prompts, tmp_path)) == 130
     assert [path.name for path in tmp_path.iterdir()] == ["progress.json"]
+    plan = json.loads((tmp_path / "progress.json").read_text())["results"]["plan"]
     done.clear()
     # One of two samples is done: one call is left, and a second would be an interrupt.
     assert main(arguments(model, prompts, tmp_path)) == 0
@@ -95,6 +100,7 @@ def test_goes_on_where_it_was(
     # All is done: the same call only writes again.
     done.append(1)
     assert main(arguments(model, prompts, tmp_path)) == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["plan"] == plan
     capsys.readouterr()
     assert main([*arguments(model, prompts, tmp_path), "--score", "gradient", "--last-n", "100"]) == 2
     error = capsys.readouterr().err
@@ -130,14 +136,22 @@ def test_ctrl_c_keeps_what_is_done(model: Path, prompts: Path, tmp_path: Path) -
     [
         (
             ["--length", "600"],
-            "--length: the triangle hides nothing up to 648 tokens (n_init + n_local + last_n), got 600",
+            "--lengths: the triangle hides nothing up to 648 tokens (n_init + n_local + last_n), got 600",
         ),
-        (["--samples", "3"], "--samples: 3 is too small; the least is 4"),
+        (["--lengths", "2048,8k"], "--lengths: '8k' is no number of tokens; write e.g. 2048,8192"),
+        (["--lengths", "2048,600"], "--lengths: the triangle hides nothing up to 648 tokens"),
+        (["--samples", "1"], "--samples: 1 is too small; the least is 2"),
+        (["--scored", "1"], "--scored: 1 is too small; the least is 2"),
+        (["--time-budget", "0"], "--time-budget: 0 minutes is no time; choose more than 0"),
+        (["--time-budget", "nan"], "--time-budget: nan minutes is no time"),
+        (["--documents", "nowhere.txt"], "nowhere.txt"),
+        (["--prompts", "a.jsonl", "--documents", "b.txt"], "--prompts: a.jsonl brings prompts of its own; leave out"),
+        (["--prompts", "a.jsonl", "--lengths", "2048"], "leave out --lengths"),
         (["--n-local", "0"], "--n-local: 0 is too small; the least is 1"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--device", "cuda"], "--device: cuda: this torch sees no CUDA device; use cpu"),
         (["--device", "toaster"], "--device: toaster: "),
-        (["--length", "700000"], "--length: 700000 tokens: the model takes 131072; take shorter prompts"),
+        (["--length", "700000"], "--lengths: 700000 tokens: the model takes 131072; take shorter prompts"),
     ],
 )
 def test_bad_input(
@@ -160,7 +174,7 @@ def test_too_little_memory(
     assert main(arguments(model, prompts, tmp_path / "out")) == 2
     error = capsys.readouterr().err
     assert "the probe needs about 0.0 GiB on cpu for 80" in error or "the probe needs about 0.1 GiB on cpu" in error
-    assert "take shorter prompts (--length)" in error
+    assert "take shorter prompts (--lengths)" in error
 
 
 def test_too_few_prompts(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,14 +184,87 @@ def test_too_few_prompts(model: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "1 prompts: two to score and two held out" in capsys.readouterr().err
 
 
-def test_wrong_answers_recommend_nothing(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Generated prompts are not of this model's task. Each half holds both kinds."""
-    command = ["probe", str(model), "--length", "1300", "--samples", "4", "--random-orders", "0"]
-    assert main([*command, "--output", str(tmp_path)]) == 1
+def test_own_language(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The package's own models are asked what they can read: two hops need the lookup layer, which stays dense."""
+    command = ["probe", str(model), "--lengths", "900,1000", "--samples", "4", "--scored", "2", "--random-orders", "0"]
+    assert main([*command, "--output", str(tmp_path), "--dtype", "float32"]) == 0
+    out, err = capsys.readouterr()
+    assert "1_hop, 2_hop, held against right answers" in err
+    asked = [
+        f"{hops}_hop {count} of {count} at {length} tokens"
+        for length, count in ((900, 4), (1000, 2))
+        for hops in (1, 2)
+    ]
+    assert f"Asked densely: {', '.join(asked)}." in out
+    assert json.loads((tmp_path / "preset.json").read_text())["layers"] == "0,2-3"
+    tried = json.loads((tmp_path / "scores.json").read_text())["tried"]
+    assert [item["length"] for item in tried] == [900, 1000]
+    # One layer more is the lookup layer: it was tried, and failed.
+    assert "4 layers (0-3) lose" in out
+
+
+def test_nothing_proven_nothing_written(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prompts that the model can't read: its own answer to them is the same whatever is hidden."""
+    prompts = tmp_path / "prompts.jsonl"
+    foreign = [
+        {"prompt": f"Nobody here speaks that language, number {index}. " * 120, "answer": "4821"} for index in range(4)
+    ]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in foreign))
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "preset.json").write_text("{}")
+    assert main(arguments(model, prompts, output)) == 1
     out = capsys.readouterr().out
-    assert "The model rarely gives these answers even densely" in out
+    assert "Asked densely: file 0 of 2 at " in out
+    assert "No task is solved: the reference is the model's own dense answer" in out
+    assert "Nothing is proven, so there is no preset" in out
+    assert "triangle layers: none (0 of 4)" in out
     assert "vllm serve" not in out
-    assert "**The model rarely gives these answers" in (tmp_path / "report.md").read_text()
+    # Not even one that lay there.
+    assert not (output / "preset.json").exists()
+    assert "Nothing is proven" in (output / "report.md").read_text()
+
+
+def test_self_consistency(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without known answers the lookup layer shows as well: dense answers change when it is hidden."""
+    made = [make_demo_prompt(tokens=800, hops=2, seed=seed).prompt for seed in range(4)]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in made))
+    command = arguments(model, path, tmp_path / "out")
+    assert main(command) == 2
+    assert "there is no answer" in capsys.readouterr().err
+    assert main([*command, "--self-consistency", "--dtype", "float32"]) == 0
+    out, err = capsys.readouterr()
+    assert "held against the model's own dense answers" in err
+    assert "losses are divergences from it" in out
+    preset = json.loads((tmp_path / "out/preset.json").read_text())
+    assert preset["layers"] == "0,2-3"
+    assert "answers diverge from the dense ones by at most" in preset["provenance"]["measured"]
+
+
+def test_documents(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Texts of records that end anywhere: pieces of them are prompts."""
+    paths = [tmp_path / f"{name}.txt" for name in "ab"]
+    for number, path in enumerate(paths):
+        path.write_text(" ".join(make_demo_prompt(tokens=3000, hops=2, seed=10 * number + s).prompt for s in range(6)))
+    command = ["probe", str(model), "--documents", *map(str, paths), "--samples", "4", "--scored", "2"]
+    command += ["--random-orders", "0", "--dtype", "float32", "--output", str(tmp_path / "out")]
+    assert main([*command, "--lengths", "40000"]) == 2
+    assert "--lengths: 40000 tokens: the longest of the --documents has 1" in capsys.readouterr().err
+    assert main([*command, "--lengths", "900"]) in (0, 1)
+    err = capsys.readouterr().err
+    assert "pieces of 2 documents, held against the model's own dense answers" in err
+    scores = json.loads((tmp_path / "out/scores.json").read_text())
+    assert scores["reference"] == "own"
+    assert (tmp_path / "out/preset.json").exists() is bool(scores["chosen"])
+
+
+def test_a_hard_time_budget(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["probe", str(model), "--lengths", "900", "--time-budget", "0.001", "--output", str(tmp_path)]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "--time-budget: 0.001 minutes: even 8 held-out prompts of each length take about " in error
+    assert "allow as much, or take shorter --lengths" in error
 
 
 def test_presets(capsys: pytest.CaptureFixture[str]) -> None:

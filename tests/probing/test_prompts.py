@@ -56,7 +56,9 @@ def test_a_template_brings_its_own_start(tokenizer: Any) -> None:
 
 
 def test_too_short(tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match=r"--lengths: 300 tokens leave no room for a kv_retrieval prompt; the shortest"):
+    with pytest.raises(
+        ValueError, match=r"--lengths: 300 tokens leave no room for a kv_retrieval prompt; the shortest"
+    ):
         generate(tokenizer, tasks_for(tokenizer)[-1:], length=300, count=2, seed=0)
     prompts = generate(tokenizer, tasks_for(tokenizer)[-1:], length=1500, count=1, seed=0)
     with pytest.raises(ValueError, match=r"prompt 1 has 14\d\d tokens: the triangle hides nothing up to 1648"):

@@ -17,8 +17,8 @@ from vllm_trimix.patterns.block_sparse import BlockSparse
 from vllm_trimix.patterns.dense import Dense
 from vllm_trimix.patterns.registry import describe
 from vllm_trimix.patterns.vertical_slash import VerticalSlash
-from vllm_trimix.probing.passes import answer_quality
 from vllm_trimix.probing.gradient import Sample
+from vllm_trimix.probing.passes import answer_quality
 from vllm_trimix.searching.choice import Budget
 from vllm_trimix.searching.model import use_heads
 from vllm_trimix.searching.report import poor_heads
