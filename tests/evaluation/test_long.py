@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tests.evaluation import tokenizers
+from vllm_trimix.demo.languages import ENGLISH
 from vllm_trimix.evaluation import cells
 from vllm_trimix.evaluation.answers import Answer, answer_of
-from vllm_trimix.evaluation.languages import ENGLISH
 from vllm_trimix.evaluation.sample import METRICS, Sample
 from vllm_trimix.evaluation.statistics import repetition
 from vllm_trimix.evaluation.suite import Context

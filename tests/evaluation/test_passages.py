@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.evaluation import tokenizers
+from vllm_trimix.demo.languages import ENGLISH, VAULT
 from vllm_trimix.evaluation import haystack
-from vllm_trimix.evaluation.languages import ENGLISH, VAULT
 from vllm_trimix.evaluation.sample import Measure, Sample
 from vllm_trimix.evaluation.suite import Context
 from vllm_trimix.evaluation.suites.registry import SUITES

@@ -7,9 +7,9 @@ import random
 from dataclasses import replace
 from typing import Any
 
+from vllm_trimix.demo.languages import ENGLISH, RECORDS, VAULT
 from vllm_trimix.demo.prompts import DemoPrompt, make_demo_prompt
 from vllm_trimix.evaluation.haystack import prose
-from vllm_trimix.evaluation.languages import ENGLISH, RECORDS, VAULT
 from vllm_trimix.evaluation.making import Asked, Write, fill, generator
 from vllm_trimix.evaluation.own_languages import ANSWER_TOKENS as WORD_TOKENS
 from vllm_trimix.evaluation.own_languages import vault
