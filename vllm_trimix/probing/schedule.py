@@ -59,13 +59,14 @@ class Work:
 
     def samples_within(self, seconds: float, *, most: int) -> int:
         """Held-out prompts of each length that the time allows, between ``LEAST`` and ``most``."""
-        return max([count for count in range(LEAST, most + 1) if self.seconds(count) <= seconds], default=LEAST)
+        least = min(LEAST, most)
+        return max([count for count in range(least, most + 1) if self.seconds(count) <= seconds], default=least)
 
 
 def words(seconds: float) -> str:
     """A time as one says it."""
     if seconds < 90:
-        return f"{max(1, round(seconds))} seconds"
+        return f"{max(2, round(seconds))} seconds"
     if seconds < 5400:
         return f"{round(seconds / 60)} minutes"
     return f"{seconds / 3600:.1f} hours"
