@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def test_pieces_of_a_text_without_repetition_are_different(tmp_path: Path) -> No
     tokens = tokenizer(path.read_text(), add_special_tokens=False).input_ids
     found = documents.pieces([path], tokenizer, length=51, count=len(tokens) // 50 - 1, seed=3)
     places = sorted(tokens.index(piece[1]) for piece in found)
-    assert all(later - earlier >= 50 for earlier, later in zip(places, places[1:], strict=False))
+    assert all(later - earlier >= 50 for earlier, later in itertools.pairwise(places))
 
 
 def work(**changes: Any) -> schedule.Work:
