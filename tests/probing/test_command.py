@@ -58,7 +58,7 @@ def test_finds_the_layers_and_writes_everything(
     assert (resolved.layers, resolved.triangle) == ((0, 2, 3), Triangle())
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["chosen"] == [0, 2, 3]
-    assert [layer for layer, row in enumerate(scores["nll"]) if min(row) > 5] == [1]
+    assert [layer for layer, row in enumerate(scores["ablation"]) if min(row) > 0.1] == [1]
     assert scores["correlation"] == pytest.approx(1, abs=0.5)
     assert scores["control"] > 5
     report = (tmp_path / "report.md").read_text()
@@ -74,7 +74,7 @@ def test_ablation_alone(model: Path, prompts: Path, tmp_path: Path) -> None:
     assert main([*arguments(model, prompts, tmp_path), "--method", "ablation"]) == 0
     preset = json.loads((tmp_path / "preset.json").read_text())
     assert preset["layers"] == "0,2-3"
-    assert "least loss with that layer alone in triangle" in preset["provenance"]["source"]
+    assert "least divergence with that layer alone in triangle" in preset["provenance"]["source"]
     assert json.loads((tmp_path / "scores.json").read_text())["scores"] is None
 
 

@@ -84,7 +84,7 @@ def work(**changes: Any) -> schedule.Work:
         "scored": 6,
         "layers": 30,
         "gradient": True,
-        "nll": False,
+        "ablation": False,
         "orders": 1,
         "compared": 3,
         "reuses": True,
@@ -105,7 +105,7 @@ def test_a_time_budget_decides_the_prompts() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"nll": True},
+        {"ablation": True},
         {"orders": 2},
         {"reuses": False},
         {"pass_seconds": {2048: 2.0, 4096: 6.0}},

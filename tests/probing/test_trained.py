@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_trimix.demo.trained_task import make_trained_prompt
 from vllm_trimix.patterns.triangle import Triangle
-from vllm_trimix.probing.choice import choose
+from vllm_trimix.probing.choice import choose, upper_bound
 from vllm_trimix.probing.gradient import SECTIONS, Sample, mean_scores, score_sample
 from vllm_trimix.probing.passes import TriangleModel
 from vllm_trimix.probing.ranking import rank
@@ -61,5 +61,6 @@ def test_every_layer_can_be_a_triangle_layer(model: Any, samples: list[Sample]) 
         dense = [triangle.quality(sample, ()) for sample in samples[4:]]
         now = [[triangle.quality(sample, order[:k]) for sample in samples[4:]] for k in range(len(order) + 1)]
     assert all(quality.correct for row in now for quality in row)
-    losses = {k: [a.logprob - b.logprob for a, b in zip(dense, row, strict=True)] for k, row in enumerate(now)}
-    assert choose(losses) == len(order)
+    losses = [[a.logprob - b.logprob for a, b in zip(dense, row, strict=True)] for row in now]
+    assert choose({k: upper_bound(row) for k, row in enumerate(losses)}) == len(order)
+    assert choose({k: upper_bound([quality.kl for quality in row]) for k, row in enumerate(now)}) == len(order)

@@ -150,7 +150,7 @@ def _probe(folder: Path) -> Path:
         reference="answers",
         screened=(Screened("needle", 2048, 4, 4),),
         plan=Plan(2, 60.0),
-        nll=None,
+        ablation=None,
         stock={},
         orders={"gradient": [0, 1, 2, 3]},
         correlation=None,
@@ -172,7 +172,9 @@ def test_a_probe(tmp_path: Path) -> None:
     page = report(_probe(tmp_path / "trimix-probe"), output=tmp_path / "page.html")
     assert page.raw.decode().count("<h2>Layer probe of org/made-up</h2>") == 1
     assert [image["alt"] for image in page.attributes("img")] == ["importance", "quality"]
-    assert ["2 (chosen)", "0.0025", "0.0057", "0.0025", "100%"] in [row for table in page.tables for row in table]
+    assert ["2 (chosen)", "0.0025", "0.0057", "0.0025", "0.0057", "100%"] in [
+        row for table in page.tables for row in table
+    ]
     # The environment's device and the preset's date; what an unfinished probe needs is no result.
     assert page.text.count("Some CPU, 2 threads") >= 2
     assert len(page.pre) == 2

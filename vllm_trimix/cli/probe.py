@@ -68,10 +68,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add(
         "--method",
-        choices=("gradient", "nll", "ablation", "both"),
+        choices=("gradient", "ablation", "both"),
         default="gradient",
-        help="what ranks the layers: gradients, or what answers lose with one layer in triangle (nll, or ablation); "
-        "both compares the two (default: %(default)s)",
+        help="what ranks the layers: gradients, or how far answers diverge with one layer alone in triangle; both "
+        "compares the two (default: %(default)s)",
     )
     add("--score", choices=SCORES, default="contribution", help="gradient score that ranks (default: %(default)s)")
     add("--objective", choices=("logit", "logprob"), default="logit", help="of the gradient (default: %(default)s)")
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(
         model=args.model,
         pattern=pattern,
-        method="nll" if args.method == "ablation" else args.method,
+        method=args.method,
         score=args.score,
         objective=args.objective,
         num_random=args.random_orders,

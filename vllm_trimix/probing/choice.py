@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 CONFIDENCE = 0.95
 MAX_LOSS = 0.01
-"""Nats that an answer may lose on average: of its log-probability, or as divergence from the dense answer."""
+"""Nats that an answer may lose on average: of its log-probability, and as divergence from the dense answer."""
 MIN_CONTROL = 10 * MAX_LOSS
 """What an answer must lose when distant keys are hidden from all rows: where nobody needs them, nothing is proven."""
 
@@ -62,19 +62,19 @@ def candidates(curve: Mapping[int, float]) -> list[int]:
     return sorted({round(0.75 * turn), turn, round(turn + step), round(turn + 2 * step)} - {0}) or [1]
 
 
-def choose(losses: Mapping[int, Sequence[float]], *, max_loss: float = MAX_LOSS) -> int:
+def choose(bounds: Mapping[int, float], *, max_loss: float = MAX_LOSS) -> int:
     """The largest k that is surely within the limit, and all tried before it too.
 
     Tried in ascending order up to the first that fails, each at 95%, the choice as a whole holds at 95% (a fixed
     sequence of tests); the best of many k would not.
 
     Args:
-        losses: k -> what each held-out answer lost, in nats.
-        max_loss: What the upper bound of the mean may be.
+        bounds: k -> upper bound of what held-out answers lose on average, in nats.
+        max_loss: What it may be.
     """
     chosen = 0
-    for k in sorted(losses):
-        if upper_bound(losses[k]) > max_loss:
+    for k in sorted(bounds):
+        if bounds[k] > max_loss:
             break
         chosen = k
     return chosen

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vllm_trimix.patterns.triangle import Triangle
-from vllm_trimix.probing.choice import MIN_CONTROL
+from vllm_trimix.probing.choice import MIN_CONTROL, upper_bound
 from vllm_trimix.probing.gradient import Objective
 from vllm_trimix.probing.material import Reference
 from vllm_trimix.probing.screening import Screened
 
-Method = Literal["gradient", "nll", "both"]
+Method = Literal["gradient", "ablation", "both"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Settings:
     @property
     def orders(self) -> tuple[str, ...]:
         """The rankings that are made; the first one chooses."""
-        return ("gradient", "nll") if self.method == "both" else (self.method,)
+        return ("gradient", "ablation") if self.method == "both" else (self.method,)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class Tried:
     Attributes:
         order: Which ranking they are the first layers of.
         length: Of the prompts, in tokens.
-        losses: k -> what each answer lost, in nats.
+        losses: k -> what each answer's log-probability lost, in nats; the model's own dense answers are no right ones,
+            and have their divergence here too.
         kl: k -> each answer's divergence from the dense one, in nats.
         correct: k -> share of the answers that stay the likeliest; 0 is dense.
     """
@@ -84,6 +85,10 @@ class Tried:
     losses: dict[int, list[float]] = field(default_factory=dict)
     kl: dict[int, list[float]] = field(default_factory=dict)
     correct: dict[int, float] = field(default_factory=dict)
+
+    def bound(self, k: int) -> float:
+        """What answers lose on average, at most (95%): of their log-probability, or as divergence, whichever is more."""
+        return max(upper_bound(self.losses[k]), upper_bound(self.kl[k]))
 
 
 @dataclass(frozen=True)
@@ -96,14 +101,16 @@ class Outcome:
         screened: The tasks that were tried.
         plan: How many prompts, and the time that was expected.
         scores: Mean gradient scores: score -> [layer][section]; None without that ranking.
-        nll: [layer][sample], nats that an answer loses with this layer alone in triangle; None without that ranking.
+        ablation: [layer][sample], divergence of an answer from the dense one with this layer alone in triangle, in
+            nats; None without that ranking.
         stock: Layers that stay as they are by the model's own design, never in a set, with the reason.
         orders: Ranking -> layers, the least important first.
         correlation: Rank correlation of two rankings; None for one.
-        curve: Ranking -> k -> mean loss of the prompts that ranked.
+        curve: Ranking -> k -> mean loss of the prompts that ranked, or mean divergence where that is more.
         control: Nats lost by those with distant keys hidden from all rows of all layers.
         tried: Sets on held-out prompts, by length and ranking.
-        compared: Other orders -> losses of their first k layers on the first held-out prompts, k being the choice's.
+        compared: Other orders -> divergences with their first k layers on the first held-out prompts, k being the
+            choice's.
         logprobs: [sample], the dense answers' log-probability, of the shortest length.
         chosen: Triangle layers; empty where nothing is proven.
         kept: Ranking -> how many layers it would choose.
@@ -114,7 +121,7 @@ class Outcome:
     screened: tuple[Screened, ...]
     plan: Plan
     scores: dict[str, list[list[float]]] | None
-    nll: list[list[float]] | None
+    ablation: list[list[float]] | None
     stock: dict[int, str]
     orders: dict[str, list[int]]
     correlation: float | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from vllm_trimix.probing.choice import MAX_LOSS, upper_bound
+from vllm_trimix.probing.choice import MAX_LOSS
 from vllm_trimix.probing.gradient import SECTIONS
 from vllm_trimix.probing.outcome import Outcome
 
@@ -41,9 +41,9 @@ def plot_importance(outcome: Outcome, path: Path) -> None:
             # Layers differ by orders of magnitude; what is 1e-6 of the largest is nothing.
             axes.set_yscale("symlog", linthresh=largest * 1e-6)
     else:
-        assert outcome.nll is not None
-        axes.bar(layers, [statistics.fmean(row) for row in outcome.nll], color=_COLOURS["middle"])
-        axes.set_ylabel("nats lost with this layer alone in triangle")
+        assert outcome.ablation is not None
+        axes.bar(layers, [statistics.fmean(row) for row in outcome.ablation], color=_COLOURS["middle"])
+        axes.set_ylabel("divergence with this layer alone in triangle (nats)")
     axes.set_xlabel("layer (shaded: triangle)")
     axes.set_xticks(layers[:: max(1, len(layers) // 16)])
     figure.savefig(path, dpi=120)
@@ -60,13 +60,13 @@ def plot_quality(outcome: Outcome, path: Path) -> None:
     for name, means in outcome.curve.items():
         axes.plot([0, *means], [0.0, *means.values()], color=colours[name], linewidth=1.5, label=f"{name}, ranking")
     for tried, mark in zip(outcome.tried, _MARKS * len(outcome.tried), strict=False):
-        for k, losses in tried.losses.items():
-            mean = statistics.fmean(losses)
+        for k in tried.losses:
+            mean = max(statistics.fmean(tried.losses[k]), statistics.fmean(tried.kl[k]))
             label = f"{tried.order}, held out, {tried.length} tokens" if k == min(tried.losses) else None
             axes.errorbar(
                 [k],
                 [mean],
-                yerr=[[0.0], [upper_bound(losses) - mean]],
+                yerr=[[0.0], [tried.bound(k) - mean]],
                 color=colours[tried.order],
                 marker=mark,
                 markersize=4,
@@ -79,6 +79,6 @@ def plot_quality(outcome: Outcome, path: Path) -> None:
     axes.axvline(len(outcome.chosen), color="#009E73", linewidth=1)
     axes.set_yscale("symlog", linthresh=MAX_LOSS)
     axes.set_xlabel("k layers in triangle")
-    axes.set_ylabel("what answers lose (nats)")
+    axes.set_ylabel("loss or divergence, whichever is more (nats)")
     axes.legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=120)

@@ -91,10 +91,10 @@ class Probe:
             scored = self._asked("scored", shortest, settings.scored)
         scores = self._gradients(scored) if "gradient" in settings.orders else None
         with TriangleModel(self._model, settings.pattern) as self._triangle:
-            nll = self._nll(scored) if "nll" in settings.orders else None
+            ablation = self._ablation(scored) if "ablation" in settings.orders else None
             importance = {
                 "gradient": [row[SECTIONS.index("middle")] for row in scores[settings.score]] if scores else [],
-                "nll": [statistics.fmean(row) for row in nll] if nll else [],
+                "ablation": [statistics.fmean(row) for row in ablation] if ablation else [],
             }
             orders = {name: ranking.rank(importance[name], excluded=self._stock) for name in settings.orders}
             control, curve = self._curves(orders, scored)
@@ -111,7 +111,7 @@ class Probe:
             screened=known.screened,
             plan=plan,
             scores=scores,
-            nll=nll,
+            ablation=ablation,
             stock=self._stock,
             orders=orders,
             correlation=ranking.rank_correlation(*orders.values()) if len(orders) == 2 else None,
@@ -133,11 +133,9 @@ class Probe:
         key = f"{one.name} under {'streaming ' if pattern else ''}{','.join(map(str, chosen))}"
         return Quality(**self._saved.get(key, partial(self._triangle.quality, one.sample, chosen, pattern=pattern)))
 
-    def _loss(self, one: _Asked, layers: Iterable[int], *, pattern: Triangle | None = None) -> float:
+    def _loss(self, one: _Asked, now: Quality) -> float:
         """Nats that an answer loses: of its log-probability where it is known to be right, else its divergence."""
-        dense = self._quality(one, ())
-        now = self._quality(one, layers, pattern=pattern)
-        return now.kl if self._known.reference == "own" else dense.logprob - now.logprob
+        return now.kl if self._known.reference == "own" else self._quality(one, ()).logprob - now.logprob
 
     def _asked(self, what: str, length: int, count: int) -> list[_Asked]:
         """Prompts with what they are held against."""
@@ -171,7 +169,7 @@ class Probe:
             scored=settings.scored,
             layers=len(self._able),
             gradient="gradient" in settings.orders,
-            nll="nll" in settings.orders,
+            ablation="ablation" in settings.orders,
             orders=len(settings.orders),
             compared=1 + settings.num_random,
             reuses=self._triangle.reuses,
@@ -194,13 +192,17 @@ class Probe:
             found.append(self._saved.get(f"{one.name} gradient", work))
         return mean_scores([SectionScores(**item) for item in found])
 
-    def _nll(self, scored: Sequence[_Asked]) -> list[list[float]]:
-        """One layer in triangle at a time: [layer][sample], nats that the answer loses; 0 in stock layers."""
+    def _ablation(self, scored: Sequence[_Asked]) -> list[list[float]]:
+        """One layer in triangle at a time: [layer][sample], the answer's divergence in nats; 0 in stock layers.
+
+        Not the loss of its log-probability: gains in some prompts hide losses in others, and layers whose absence
+        changes answers most would come first.
+        """
         found = [[0.0] * len(scored) for _ in range(len(self._able) + len(self._stock))]
         for index, one in enumerate(scored):
             for at, layer in enumerate(self._able):
-                self._progress("nll", index * len(self._able) + at, len(scored) * len(self._able))
-                found[layer][index] = self._loss(one, (layer,))
+                self._progress("ablation", index * len(self._able) + at, len(scored) * len(self._able))
+                found[layer][index] = self._quality(one, (layer,)).kl
         return found
 
     def _curves(
@@ -212,15 +214,20 @@ class Probe:
         """
         pattern, count = self._settings.pattern, len(self._able)
         streaming = Triangle(pattern.n_init, pattern.n_local, 0)
-        control, losses = [], {name: {k: [0.0] * len(scored) for k in choice.grid(count)} for name in orders}
+        control, found = [], {name: {k: list[Quality]() for k in choice.grid(count)} for name in orders}
         for index, one in enumerate(scored):
             self._progress("curve", index, len(scored))
-            control.append(self._loss(one, self._able, pattern=streaming))
+            control.append(self._loss(one, self._quality(one, self._able, pattern=streaming)))
             for name, order in orders.items():
-                for k in losses[name]:
-                    losses[name][k][index] = self._loss(one, order[:k])
-        means = {name: {k: statistics.fmean(values) for k, values in found.items()} for name, found in losses.items()}
-        return statistics.fmean(control), means
+                for k, qualities in found[name].items():
+                    qualities.append(self._quality(one, order[:k]))
+
+        def mean(qualities: Sequence[Quality]) -> float:
+            losses = [self._loss(one, quality) for one, quality in zip(scored, qualities, strict=True)]
+            return max(statistics.fmean(losses), statistics.fmean(quality.kl for quality in qualities))
+
+        curves = {name: {k: mean(qualities) for k, qualities in by_k.items()} for name, by_k in found.items()}
+        return statistics.fmean(control), curves
 
     def _choose(
         self, name: str, order: Sequence[int], curve: dict[int, float], samples: int, tried: list[Tried]
@@ -237,7 +244,7 @@ class Probe:
             chosen = 0
             for batch in filter(None, batches):
                 self._try(found, order, batch, samples)
-                chosen = choice.choose({k: found.losses[k] for k in batch})
+                chosen = choice.choose({k: found.bound(k) for k in batch})
                 if chosen:
                     break
             open_sets = [k for k in open_sets if k <= chosen]
@@ -256,7 +263,7 @@ class Probe:
                 what = f"{found.order}, {found.length} tokens"
                 self._progress(what, index * len(sets) + at, len(asked) * len(sets))
                 quality = self._quality(one, order[:k])
-                found.losses[k].append(self._loss(one, order[:k]))
+                found.losses[k].append(self._loss(one, quality))
                 found.kl[k].append(quality.kl)
                 right[k] += quality.correct
         found.correct.update({k: count / len(asked) for k, count in right.items()})
@@ -272,5 +279,5 @@ class Probe:
         for index, one in enumerate(asked):
             for at, (name, order) in enumerate(others.items()):
                 self._progress("compared", index * len(others) + at, len(asked) * len(others))
-                found[name].append(self._loss(one, order[:k]))
+                found[name].append(self._quality(one, order[:k]).kl)
         return found

@@ -17,7 +17,7 @@ from vllm_trimix.probing.gradient import SECTIONS
 from vllm_trimix.probing.outcome import Outcome, Tried
 from vllm_trimix.probing.plots import plot_importance, plot_quality
 
-_RANKINGS = {"gradient": "Middle Q-K {score}", "nll": "loss with that layer alone in triangle"}
+_RANKINGS = {"gradient": "Middle Q-K {score}", "ablation": "divergence with that layer alone in triangle"}
 
 
 def write(folder: Path, outcome: Outcome, *, environment: dict[str, str], kinds: list[str], command: str) -> None:
@@ -47,11 +47,11 @@ def preset_of(outcome: Outcome, environment: dict[str, str]) -> dict[str, Any]:
     pattern, settings, k = outcome.settings.pattern, outcome.settings, len(outcome.chosen)
     order = settings.orders[0]
     proofs = [
-        f"{upper_bound(tried.losses[k]):.4f} nats at {tried.length} tokens ({len(tried.losses[k])} held-out prompts)"
+        f"{tried.bound(k):.4f} nats at {tried.length} tokens ({len(tried.losses[k])} held-out prompts)"
         for tried in outcome.tried
         if tried.order == order
     ]
-    what = "lose" if outcome.reference == "answers" else "diverge from the dense ones by"
+    what = "lose and diverge by" if outcome.reference == "answers" else "diverge from the dense ones by"
     return {
         "layers": format_layers(outcome.chosen),
         "n_init": pattern.n_init,
@@ -75,12 +75,7 @@ def markdown(outcome: Outcome, environment: dict[str, str], kinds: list[str], co
     """The report."""
     settings, pattern = outcome.settings, outcome.settings.pattern
     versions = ", ".join(f"{name} {value}" for name, value in environment.items() if name != "device")
-    what = (
-        "what the right answer's log-probability loses"
-        if outcome.reference == "answers"
-        else "the divergence KL(dense || now) from the model's own dense answer, over the whole vocabulary, summed "
-        "over its tokens"
-    )
+    what = "what the right answer's log-probability loses" if outcome.reference == "answers" else "the divergence"
     lines = [
         f"# Layer probe of {settings.model}",
         "",
@@ -90,12 +85,12 @@ def markdown(outcome: Outcome, environment: dict[str, str], kinds: list[str], co
         f"- Pattern: n_init {pattern.n_init}, n_local {pattern.n_local}, last_n {pattern.last_n}.",
         f"- Prompts: {settings.scored} to rank, {outcome.plan.samples} held out at each of "
         f"{', '.join(map(str, settings.lengths))} tokens{''.join(f'; {kind}' for kind in kinds)}.",
-        f"- Loss: {what}, in nats. Mean log-probability of the held-out answers, dense: "
-        f"{statistics.fmean(outcome.logprobs):.3f}.",
+        f"- Loss: {what}, in nats. Divergence (KL): KL(dense || now) over the whole vocabulary, summed over the "
+        f"answer's tokens. Mean log-probability of the held-out answers, dense: {statistics.fmean(outcome.logprobs):.3f}.",
         f"- Control: with distant keys hidden from all rows of all layers answers lose {outcome.control:.3f} nats.",
         "- Choice: few k where losses begin to grow, tried in ascending order up to the first that fails. A k holds "
-        f"if the upper end of the one-sided {CONFIDENCE:.0%} interval of its mean loss is at most {MAX_LOSS} nats, at "
-        "every length.",
+        f"if the upper ends of the one-sided {CONFIDENCE:.0%} intervals of its mean loss and of its mean divergence "
+        f"are at most {MAX_LOSS} nats, at every length.",
         f"- {environment['device']}; {versions}; {settings.dtype}.",
         f"- Repeat: `{command}`",
         "",
@@ -112,8 +107,8 @@ def markdown(outcome: Outcome, environment: dict[str, str], kinds: list[str], co
 
 def _layer_table(outcome: Outcome) -> list[str]:
     """A row a layer: what each ranking found of it, and the chosen set."""
-    scores, nll = outcome.scores or {}, outcome.nll
-    names = [*scores, *(["nll (nats)"] if nll else [])]
+    scores, ablation = outcome.scores or {}, outcome.ablation
+    names = [*scores, *(["ablation (KL)"] if ablation else [])]
     lines = [
         "## Middle Q-K by layer",
         "",
@@ -126,7 +121,7 @@ def _layer_table(outcome: Outcome) -> list[str]:
             lines.append(f"| {layer} | {' | '.join(['-'] * len(names))} | - | {words.STOCK[outcome.stock[layer]]} |")
             continue
         values = [f"{rows[layer][SECTIONS.index('middle')]:.3g}" for rows in scores.values()]
-        values += [f"{statistics.fmean(nll[layer]):.3g}"] if nll else []
+        values += [f"{statistics.fmean(ablation[layer]):.3g}"] if ablation else []
         chosen = "yes" if layer in outcome.chosen else ""
         lines.append(f"| {layer} | {' | '.join(values)} | {ranked.index(layer) + 1} | {chosen} |")
     if outcome.correlation is not None:
@@ -140,7 +135,7 @@ def _layer_table(outcome: Outcome) -> list[str]:
 
 def _curve_table(outcome: Outcome) -> list[str]:
     """Mean losses of the prompts that ranked: where the k to try come from."""
-    lines = ["## The prompts that ranked, with k layers in triangle", ""]
+    lines = ["## The prompts that ranked, with k layers in triangle: loss or divergence, whichever is more (nats)", ""]
     lines += [f"| k | {' | '.join(outcome.curve)} |", "|---" * (len(outcome.curve) + 1) + "|"]
     for k in next(iter(outcome.curve.values())):
         lines.append(f"| {k} | {' | '.join(f'{losses[k]:.4f}' for losses in outcome.curve.values())} |")
@@ -153,8 +148,8 @@ def _tried_table(outcome: Outcome, tried: Tried) -> list[str]:
     lines = [
         f"## Held-out answers at {tried.length} tokens, k layers by {tried.order} ({dense} the likeliest)",
         "",
-        "| k | loss (nats) | upper bound | KL | answers the likeliest |",
-        "|---|---|---|---|---|",
+        "| k | loss (nats) | at most | KL (nats) | at most | answers the likeliest |",
+        "|---|---|---|---|---|---|",
     ]
     first = tried.order == outcome.settings.orders[0]
     for k in sorted(tried.losses):
@@ -162,7 +157,7 @@ def _tried_table(outcome: Outcome, tried: Tried) -> list[str]:
         losses = tried.losses[k]
         lines.append(
             f"| {k}{mark} | {statistics.fmean(losses):.4f} | {upper_bound(losses):.4f} | "
-            f"{statistics.fmean(tried.kl[k]):.4f} | {tried.correct[k]:.0%} |"
+            f"{statistics.fmean(tried.kl[k]):.4f} | {upper_bound(tried.kl[k]):.4f} | {tried.correct[k]:.0%} |"
         )
     return lines
 
@@ -176,8 +171,8 @@ def _compared_table(outcome: Outcome) -> list[str]:
     lines = [
         f"## Other sets of {k} layers, {count} held-out answers at {first.length} tokens",
         "",
-        "| layers | loss (nats) |",
+        "| layers | KL (nats) |",
         "|---|---|",
-        f"| by {order} | {statistics.fmean(first.losses[k][:count]):.4f} |",
+        f"| by {order} | {statistics.fmean(first.kl[k][:count]):.4f} |",
     ]
     return lines + [f"| {name} | {statistics.fmean(losses):.4f} |" for name, losses in outcome.compared.items()]

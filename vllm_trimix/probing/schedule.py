@@ -27,7 +27,7 @@ class Work:
         pass_seconds: Length -> seconds of one dense pass.
         scored: Prompts that rank, of the shortest length.
         layers: That can be triangle layers.
-        gradient, nll: Which rankings are made.
+        gradient, ablation: Which rankings are made.
         orders: Rankings whose sets are tried.
         compared: Other orders.
         reuses: Whether passes of one prompt share layers.
@@ -37,7 +37,7 @@ class Work:
     scored: int
     layers: int
     gradient: bool
-    nll: bool
+    ablation: bool
     orders: int
     compared: int
     reuses: bool
@@ -50,7 +50,7 @@ class Work:
         # The control hides something in every layer: a whole pass.
         passes = self.scored * (2 + self.orders * CURVE_SETS * share)
         passes += self.scored * GRADIENT_PASSES if self.gradient else 0
-        passes += self.scored * (1 + share * self.layers) if self.nll else 0
+        passes += self.scored * (1 + share * self.layers) if self.ablation else 0
         passes += min(samples, COMPARED) * (1 + self.compared)
         held_out = samples * (1 + self.orders * SETS * share) * shortest
         for length in lengths[1:]:

@@ -75,13 +75,15 @@ def verdict(outcome: Outcome) -> Iterator[str]:
 
 def _failed(tried: Tried, *, order: list[int]) -> Iterator[str]:
     """The smallest set that failed at a length: whether more prompts could have allowed it."""
-    failed = [k for k in sorted(tried.losses) if upper_bound(tried.losses[k]) > MAX_LOSS]
+    failed = [k for k in sorted(tried.losses) if tried.bound(k) > MAX_LOSS]
     if not failed:
         return
-    k, losses = failed[0], tried.losses[failed[0]]
+    k = failed[0]
+    # Of loss and divergence the one that failed it.
+    name, losses = max(("lose", tried.losses[k]), ("diverge by", tried.kl[k]), key=lambda item: upper_bound(item[1]))
     layers = "1 layer" if k == 1 else f"{k} layers"
     set_ = format_layers(sorted(order[:k]))
-    loss = f"{layers} ({set_}) lose {statistics.fmean(losses):.4f} nats at {tried.length} tokens"
+    loss = f"{layers} ({set_}) {name} {statistics.fmean(losses):.4f} nats at {tried.length} tokens"
     needed = prompts_needed(losses)
     if needed is None:
         yield f"{loss}: no number of prompts would allow {'it' if k == 1 else 'them'}."
