@@ -87,7 +87,7 @@ class Tried:
     correct: dict[int, float] = field(default_factory=dict)
 
     def bound(self, k: int) -> float:
-        """What answers lose on average, at most (95%): of their log-probability, or as divergence, whichever is more."""
+        """What answers lose on average, at most (95%): of log-probability, or as divergence, whichever is more."""
         return max(upper_bound(self.losses[k]), upper_bound(self.kl[k]))
 
 
@@ -103,9 +103,10 @@ class Outcome:
         scores: Mean gradient scores: score -> [layer][section]; None without that ranking.
         ablation: [layer][sample], divergence of an answer from the dense one with this layer alone in triangle, in
             nats; None without that ranking.
+        ablation_losses: The same passes: nats that the answer's log-probability loses.
         stock: Layers that stay as they are by the model's own design, never in a set, with the reason.
         orders: Ranking -> layers, the least important first.
-        correlation: Rank correlation of two rankings; None for one.
+        correlations: Order -> its rank correlation with the measured divergence; empty without that ranking.
         curve: Ranking -> k -> mean loss of the prompts that ranked, or mean divergence where that is more.
         control: Nats lost by those with distant keys hidden from all rows of all layers.
         tried: Sets on held-out prompts, by length and ranking.
@@ -122,9 +123,10 @@ class Outcome:
     plan: Plan
     scores: dict[str, list[list[float]]] | None
     ablation: list[list[float]] | None
+    ablation_losses: list[list[float]] | None
     stock: dict[int, str]
     orders: dict[str, list[int]]
-    correlation: float | None
+    correlations: dict[str, float]
     curve: dict[str, dict[int, float]]
     control: float
     tried: list[Tried]

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_trimix.hf_attention import layers as hf_layers
 from vllm_trimix.patterns.triangle import Triangle
@@ -39,11 +39,9 @@ def check_layers(model: Any) -> dict[int, str]:
     return stock
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """A sample and what it is called among the saved results."""
-
+class _Asked(NamedTuple):
     name: str
+    """Among the saved results."""
     sample: Sample
 
 
@@ -91,7 +89,8 @@ class Probe:
             scored = self._asked("scored", shortest, settings.scored)
         scores = self._gradients(scored) if "gradient" in settings.orders else None
         with TriangleModel(self._model, settings.pattern) as self._triangle:
-            ablation = self._ablation(scored) if "ablation" in settings.orders else None
+            alone = self._alone(scored) if "ablation" in settings.orders else None
+            ablation = [[quality.kl for quality in row] for row in alone] if alone else None
             importance = {
                 "gradient": [row[SECTIONS.index("middle")] for row in scores[settings.score]] if scores else [],
                 "ablation": [statistics.fmean(row) for row in ablation] if ablation else [],
@@ -112,9 +111,10 @@ class Probe:
             plan=plan,
             scores=scores,
             ablation=ablation,
+            ablation_losses=self._losses(alone, scored) if alone else None,
             stock=self._stock,
             orders=orders,
-            correlation=ranking.rank_correlation(*orders.values()) if len(orders) == 2 else None,
+            correlations=self._correlations(orders, scores, alone, scored),
             curve=curve,
             control=control,
             tried=tried,
@@ -192,18 +192,35 @@ class Probe:
             found.append(self._saved.get(f"{one.name} gradient", work))
         return mean_scores([SectionScores(**item) for item in found])
 
-    def _ablation(self, scored: Sequence[_Asked]) -> list[list[float]]:
-        """One layer in triangle at a time: [layer][sample], the answer's divergence in nats; 0 in stock layers.
-
-        Not the loss of its log-probability: gains in some prompts hide losses in others, and layers whose absence
-        changes answers most would come first.
-        """
-        found = [[0.0] * len(scored) for _ in range(len(self._able) + len(self._stock))]
+    def _alone(self, scored: Sequence[_Asked]) -> list[list[Quality]]:
+        """One layer in triangle at a time: [layer][sample]; stock layers have the dense quality."""
+        found: list[list[Quality]] = [[] for _ in range(len(self._able) + len(self._stock))]
         for index, one in enumerate(scored):
-            for at, layer in enumerate(self._able):
-                self._progress("ablation", index * len(self._able) + at, len(scored) * len(self._able))
-                found[layer][index] = self._quality(one, (layer,)).kl
+            for layer, row in enumerate(found):
+                self._progress("ablation", index * len(found) + layer, len(scored) * len(found))
+                row.append(self._quality(one, () if layer in self._stock else (layer,)))
         return found
+
+    def _losses(self, rows: Sequence[Sequence[Quality]], scored: Sequence[_Asked]) -> list[list[float]]:
+        return [[self._loss(one, now) for one, now in zip(scored, row, strict=True)] for row in rows]
+
+    def _correlations(
+        self,
+        orders: Mapping[str, Sequence[int]],
+        scores: Mapping[str, Sequence[Sequence[float]]] | None,
+        alone: Sequence[Sequence[Quality]] | None,
+        scored: Sequence[_Asked],
+    ) -> dict[str, float]:
+        """How well other orders agree with the measured one: gradient scores, losses, and depth."""
+        if alone is None:
+            return {}
+        middle = SECTIONS.index("middle")
+        others = {name: [row[middle] for row in rows] for name, rows in (scores or {}).items()}
+        others["loss"] = [statistics.fmean(row) for row in self._losses(alone, scored)]
+        found = {name: ranking.rank(values, excluded=self._stock) for name, values in others.items()}
+        found["deepest first"] = sorted(self._able, reverse=True)
+        values = {name: ranking.rank_correlation(order, orders["ablation"]) for name, order in found.items()}
+        return {name: value for name, value in values.items() if value is not None}
 
     def _curves(
         self, orders: Mapping[str, Sequence[int]], scored: Sequence[_Asked]

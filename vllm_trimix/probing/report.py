@@ -86,7 +86,8 @@ def markdown(outcome: Outcome, environment: dict[str, str], kinds: list[str], co
         f"- Prompts: {settings.scored} to rank, {outcome.plan.samples} held out at each of "
         f"{', '.join(map(str, settings.lengths))} tokens{''.join(f'; {kind}' for kind in kinds)}.",
         f"- Loss: {what}, in nats. Divergence (KL): KL(dense || now) over the whole vocabulary, summed over the "
-        f"answer's tokens. Mean log-probability of the held-out answers, dense: {statistics.fmean(outcome.logprobs):.3f}.",
+        "answer's tokens. Mean log-probability of the held-out answers, dense: "
+        f"{statistics.fmean(outcome.logprobs):.3f}.",
         f"- Control: with distant keys hidden from all rows of all layers answers lose {outcome.control:.3f} nats.",
         "- Choice: few k where losses begin to grow, tried in ascending order up to the first that fails. A k holds "
         f"if the upper ends of the one-sided {CONFIDENCE:.0%} intervals of its mean loss and of its mean divergence "
@@ -124,12 +125,11 @@ def _layer_table(outcome: Outcome) -> list[str]:
         values += [f"{statistics.fmean(ablation[layer]):.3g}"] if ablation else []
         chosen = "yes" if layer in outcome.chosen else ""
         lines.append(f"| {layer} | {' | '.join(values)} | {ranked.index(layer) + 1} | {chosen} |")
-    if outcome.correlation is not None:
-        kept = ", ".join(f"{name} keeps {k}" for name, k in outcome.kept.items())
-        lines += [
-            "",
-            f"Rank correlation (Spearman) of the two rankings: {outcome.correlation:.2f}. At equal loss {kept}.",
-        ]
+    if outcome.correlations:
+        found = ", ".join(f"{name} {value:.2f}" for name, value in outcome.correlations.items())
+        lines += ["", f"Rank correlation (Spearman) with the measured divergence: {found}."]
+    if len(outcome.kept) > 1:
+        lines += ["", f"Layers kept: {', '.join(f'{k} by {name}' for name, k in outcome.kept.items())}."]
     return lines
 
 
