@@ -204,7 +204,7 @@ def test_a_kill_keeps_what_is_done(model: Path, prompts: Path, tmp_path: Path) -
 
 def test_own_tasks_and_texts(model: Path, candidates: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--candidates", str(candidates), "--layers", "0,2", "--budget", "1"]
-    command = ["search", str(model), "--lengths", "700, 900", "--samples", "1", *flags]
+    command = ["search", str(model), "--lengths", "800, 900", "--samples", "1", *flags]
     assert main([*command, "--output", str(tmp_path / "kv")]) == 0
     out, err = capsys.readouterr()
     # The hardest task in the model's own language, which it does.

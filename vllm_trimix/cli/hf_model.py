@@ -24,7 +24,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say how the model is run."""
     add = parser.add_argument
     add("--device", default="auto", help="auto: CUDA where there is one")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: the checkpoint's")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="auto: on a CPU float32 where that fits, else the checkpoint's",
+    )
     add("--seed", type=int, default=0)
     add_tokenizer(parser)
     add_trust(parser)
@@ -164,6 +169,29 @@ def find(args: argparse.Namespace) -> Source:
     dtype = getattr(torch, args.dtype) if args.dtype != "auto" else getattr(config, "dtype", None) or torch.float32
     load = {"trust_remote_code": args.trust_remote_code}
     return Source(args.model, config, tokenizer, dtype, device, limit, load)
+
+
+def precise(args: argparse.Namespace, source: Source, outline: Any) -> Source:
+    """A model in fp32 on a CPU, unless another type was asked for or its weights take more than half of the memory.
+
+    Few CPUs multiply bf16 as fast, and its rounding would count as divergence.
+
+    Args:
+        args: As parsed.
+        source: The model.
+        outline: The same without its weights.
+    """
+    # Heavy: PyTorch.
+    import torch
+
+    from vllm_trimix.probing import memory
+
+    fits = 2 * memory.weight_bytes(outline, torch.float32) <= memory.total_bytes()
+    return (
+        source._replace(dtype=torch.float32)
+        if args.dtype == "auto" and source.device.type == "cpu" and fits
+        else source
+    )
 
 
 def _device(name: str) -> str:

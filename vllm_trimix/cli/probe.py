@@ -99,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
 
     source = hf_model.find(args)
     outline = source.outline()
+    source = hf_model.precise(args, source, outline)
     probe.check_layers(outline)
     tokenizer = source.tokenizer
     template = hf_model.template_arguments(args, tokenizer)

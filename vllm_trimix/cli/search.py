@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         given = candidates.read(args.candidates)
     source = hf_model.find(args)
     outline = source.outline()
+    source = hf_model.precise(args, source, outline)
     num_layers = hf_attention.layers.num_layers(outline)
     triangle = _triangle_layers(source, num_layers)
     layers = _without_stock(outline, _layers(args.layers, triangle, num_layers), named=args.layers is not None)

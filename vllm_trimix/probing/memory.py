@@ -59,6 +59,14 @@ def available_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def total_bytes() -> int:
+    """The machine's memory."""
+    # Of the extra `probe`.
+    import psutil
+
+    return int(psutil.virtual_memory().total)
+
+
 def check(
     needed: int, *, length: int, dtype: torch.dtype, device: torch.device, what: str = "probe", flag: str = "--length"
 ) -> None:
