@@ -38,7 +38,7 @@ from benchmarks.serving.configurations import (
 )
 from benchmarks.serving.gate import check
 from benchmarks.serving.measuring import measure
-from benchmarks.serving.prompts import KINDS, KV_RETRIEVAL, PUBLISHED_LENGTHS, RANDOM
+from benchmarks.serving.prompts import KV_RETRIEVAL, PUBLISHED_LENGTHS, RANDOM, check_kind
 from benchmarks.serving.report import markdown, plot_ttft
 from benchmarks.serving.rounds import Rounds, summarise
 from benchmarks.serving.servers import ServerError, choose_port, serve
@@ -64,10 +64,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", help=f"prompt tokens (default: {_LENGTHS}; {published} for {KV_RETRIEVAL})")
     parser.add_argument(
         "--prompts",
-        choices=KINDS,
         default=RANDOM,
-        help="random tokens; the published speed test's pairs of UUIDs; documents in the demo language, for models of "
-        "vllm-trimix make-demo-model (default: %(default)s)",
+        metavar="KIND",
+        help="random: random tokens; kv-retrieval: the published speed test's pairs of UUIDs; document: documents in "
+        "the demo language, for models of vllm-trimix make-demo-model; or a text's file: passages of it "
+        "(default: %(default)s)",
     )
     parser.add_argument("--concurrency", default="1", help="requests at a time, e.g. 1,4 (default: %(default)s)")
     parser.add_argument(
@@ -133,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Measures what is not measured yet, and writes the results, also when it ends early."""
+    check_kind(args.prompts)
     usual = ",".join(map(str, PUBLISHED_LENGTHS)) if args.prompts == KV_RETRIEVAL else _LENGTHS
     lengths = _integers("--lengths", args.lengths or (_QUICK_LENGTHS if args.quick else usual))
     loads = [(length, c) for c in _integers("--concurrency", args.concurrency) for length in lengths]

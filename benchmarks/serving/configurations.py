@@ -72,7 +72,7 @@ def configurations(
     found = [Configuration(STOCK, None), Configuration(TRIMIX, entry), *_rows(rows, entry, shallow)]
     for text in more:
         name, equals, value = text.partition("=")
-        if not equals or not re.fullmatch(r"[\w.-]+", name):
+        if not equals or not re.fullmatch(r"[\w.+-]+", name):
             raise ValueError(f"--config: {text!r} is not NAME=JSON, e.g. wide='{{\"n_local\": 1024}}'")
         if name == IDEAL or name in (configuration.name for configuration in found):
             raise ValueError(f"--config: the name {name!r} is taken; choose another")

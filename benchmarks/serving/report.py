@@ -20,6 +20,11 @@ _PROMPTS = {
 }
 
 
+def _prompts(kind: str) -> str:
+    """In words; what has no name is a text's file."""
+    return _PROMPTS.get(kind) or f"passages of `{kind}`, cut anywhere"
+
+
 def device_line(environment: dict[str, Any]) -> str:
     """Hardware, versions and date in one line."""
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
@@ -42,7 +47,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"(idle ones used at most {100 * max(row['idle_cpu'] for row in rows):.1f}% of a core), prefix caching off. "
         "Medians over rounds, ratios and savings round by round; in brackets the interval that holds the true median "
         f"with at least {100 * confidence:.0f}% probability (order statistics). Prompts: "
-        f"{_PROMPTS[settings.get('prompts', RANDOM)]}.",
+        f"{_prompts(settings.get('prompts', RANDOM))}.",
         "",
         *(f"- `{name}`: {_describe(entry)}" for name, entry in settings["configurations"].items()),
         "",

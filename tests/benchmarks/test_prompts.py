@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from benchmarks.serving.prompts import KV_RETRIEVAL, kv_retrieval, tokenizer_of, write_dataset
+from benchmarks.serving.prompts import KV_RETRIEVAL, check_kind, kv_retrieval, tokenizer_of, write_dataset
 from vllm_trimix.demo.bench_model import SHAPES, make_bench_model
 
 pytest.importorskip("transformers", reason="prompts are cut by a tokenizer; vLLM brings transformers")
@@ -70,6 +70,21 @@ def test_every_prompt_has_its_length_and_is_another(
 def test_longer_prompts_have_more_pairs(model: Path) -> None:
     tokenizer = tokenizer_of(str(model))
     assert len(tokenizer(kv_retrieval(tokenizer, 400_000, 0)).input_ids) == 400_000
+
+
+def test_passages_of_a_text(bpe: Path, tmp_path: Path) -> None:
+    text, file = ROOT / "tests/data/prose.txt", tmp_path / "p.jsonl"
+    load = {"length": 300, "count": 3, "seed": 7}
+    found = prompts(str(text), bpe, file, **load)
+    assert {len(tokenizer_of(str(bpe))(one).input_ids) for one in found} == {300}
+    assert all(one in text.read_text() for one in found)
+    assert len(set(found)) == 3
+    assert prompts(str(text), bpe, file, **load) == found
+    with pytest.raises(ValueError, match=r"characters are too few for 900000 tokens; 7200000 suffice"):
+        prompts(str(text), bpe, file, **{**load, "length": 900_000})
+    check_kind(str(text))
+    with pytest.raises(ValueError, match="--prompts: 'nowhere' is neither a text's file nor one of random, kv"):
+        check_kind("nowhere")
 
 
 def test_documents_need_the_demo_language(model: Path, bpe: Path, tmp_path: Path) -> None:
