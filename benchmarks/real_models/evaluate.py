@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real_models import screening, texts
+from benchmarks.real_models import calls, screening, texts
 from benchmarks.real_models.plan import ENGINE_FLAGS, MODELS, NOISE_CHUNK, SHAPE, STAGES, Model, Rule, Stage
 
 PRESETS = Path(__file__).parent / "presets"
 """Layers that were found on a model, a file each."""
-_READERS = ("agreement", "ppl")
+_READERS = ("agreement", "ppl", "density", "ttft")
 """Suites that read the texts."""
-_STOP_SECONDS = 120
-"""Until a stopped evaluation must have ended its engine."""
 
 
 @dataclass(frozen=True)
@@ -76,29 +71,40 @@ class Setting:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns 1 if a stage failed, 2 for a mistake of the user's, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real_models.evaluate", description=__doc__)
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    return guarded(lambda setting: chosen(args.only), args)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where things are, which stages, and for how long."""
     add = parser.add_argument
     add("--output", type=Path, default=Path("build/real-eval"), metavar="DIR", help="default: %(default)s")
     add("--models", type=Path, default=Path("build/real-models"), metavar="DIR", help="default: %(default)s")
     add("--texts", type=Path, default=texts.FOLDER, metavar="DIR", help="default: %(default)s")
-    add(
-        "--preset",
-        action="append",
-        default=[],
-        metavar="MODEL=FILE",
-        help="triangle layers, of vllm-trimix probe (default: the checkout's)",
-    )
+    preset = "triangle layers, of vllm-trimix probe (default: the checkout's)"
+    add("--preset", action="append", default=[], metavar="MODEL=FILE", help=preset)
     add("--only", nargs="+", default=[], metavar="STAGE", help="names of stages, or what they begin with")
     add("--hours", type=float, metavar="H", help="stop after so long; the same command goes on")
     add("--list", action="store_true", help="print the stages, what is done, and about how long the rest takes")
-    args = parser.parse_args(argv)
+
+
+def guarded(find: Callable[[Setting], Sequence[Stage]], args: argparse.Namespace, *, make: Make | None = None) -> int:
+    """Lists or runs stages; mistakes and Ctrl-C end in a line and a status.
+
+    Args:
+        find: The stages, given where things are.
+        args: Of ``add_arguments``.
+        make: What a stage calls; None: ``command``.
+    """
     try:
         setting = Setting(args.output, args.models, args.texts, _presets(args.preset))
-        stages = chosen(args.only)
+        stages, make = find(setting), make or command
         if args.list:
-            print("\n".join(listing(stages, setting)))
+            print("\n".join(listing(stages, setting, make=make)))
             return 0
         prepare(stages, setting)
-        return run(stages, setting, seconds=None if args.hours is None else 3600 * args.hours)
+        return run(stages, setting, seconds=None if args.hours is None else 3600 * args.hours, make=make)
     except (OSError, ValueError) as error:
         print(f"real-models: error: {error}", file=sys.stderr)
         return 2
@@ -134,16 +140,16 @@ def _presets(given: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def chosen(names: Sequence[str]) -> list[Stage]:
+def chosen(names: Sequence[str], there: Sequence[Stage] = STAGES) -> list[Stage]:
     """Stages in the order in which they run; all for no names.
 
     Raises:
         ValueError: A name that no stage begins with.
     """
     for name in names:
-        if not any(stage.name.startswith(name) for stage in STAGES):
+        if not any(stage.name.startswith(name) for stage in there):
             raise ValueError(f"--only: no stage begins with {name!r}; --list names them")
-    wanted = [stage for stage in STAGES if not names or any(stage.name.startswith(name) for name in names)]
+    wanted = [stage for stage in there if not names or any(stage.name.startswith(name) for name in names)]
     return sorted(wanted, key=lambda stage: stage.priority)
 
 
@@ -176,13 +182,17 @@ def command(stage: Stage, tasks: Sequence[str], setting: Setting) -> list[str]:
     return [*words, "--", *ENGINE_FLAGS]
 
 
-def listing(stages: Sequence[Stage], setting: Setting) -> list[str]:
+Make = Callable[[Stage, Sequence[str], Setting], list[str]]
+"""The call of a stage, given its tasks: words for ``vllm-trimix``, or a module with dots in its name and its words."""
+
+
+def listing(stages: Sequence[Stage], setting: Setting, *, make: Make = command) -> list[str]:
     """A line a stage, and the sum of what is left."""
     left, lines = 0.0, []
     for stage in stages:
         names = screening.tasks(stage, screening.scores(setting.output / stage.screening))
         seconds = stage.seconds(len(names))
-        is_done = bool(names) and _is_done(setting, stage, command(stage, names, setting))
+        is_done = bool(names) and calls.is_done(setting.output, stage.name, make(stage, names, setting))
         left += seconds if names and not is_done else 0
         state = "done" if is_done else f"{seconds:.0f} s" if names else "no task is known to be solved"
         asked = ",".join(names) if stage.rule != Rule.NAMED else ",".join(stage.tasks) or "all tasks"
@@ -193,13 +203,14 @@ def listing(stages: Sequence[Stage], setting: Setting) -> list[str]:
     return [*lines, f"left: {left:.0f} s on one core, about ({left / 3600:.1f} hours), tasks not known yet left out"]
 
 
-def run(stages: Sequence[Stage], setting: Setting, *, seconds: float | None) -> int:
+def run(stages: Sequence[Stage], setting: Setting, *, seconds: float | None, make: Make = command) -> int:
     """Runs stages until all are done or the time is over.
 
     Args:
         stages: In their order.
         setting: Where.
         seconds: That there are; None for no end.
+        make: What a stage calls.
 
     Returns:
         1 if the command failed in a stage, else 0.
@@ -211,74 +222,24 @@ def run(stages: Sequence[Stage], setting: Setting, *, seconds: float | None) -> 
         if not names:
             _say(f"{stage.name}: stock solves none of its tasks at shorter lengths, or they aren't screened yet")
             continue
-        words = command(stage, names, setting)
-        if _is_done(setting, stage, words):
+        words = make(stage, names, setting)
+        if calls.is_done(setting.output, stage.name, words):
             continue
         left = None if end is None else end - time.monotonic()
         if left is not None and left <= 0:
             _say(f"the time is over before {stage.name}; the same command goes on there")
             break
         _say(f"{stage.name}: {', '.join(names)}, about {stage.seconds(len(names)):.0f} s on one core")
-        status = _evaluate(stage, words, setting, left)
+        status = calls.call(setting.output, stage.name, words, seconds=left)
         if status is None:
             _say(f"the time is over in {stage.name}; the same command goes on there")
             break
-        if status == 0:
-            _mark(setting, stage).write_text(json.dumps(words) + "\n")
-        else:
+        if status:
             failed.append(stage.name)
-            _say(f"{stage.name}: the command ended with {status}: {_log(setting, stage)}")
+            _say(f"{stage.name}: the command ended with {status}: {calls.log(setting.output, stage.name)}")
     if failed:
         _say(f"not done: {', '.join(failed)}; the same command tries again")
     return int(bool(failed))
-
-
-def _evaluate(stage: Stage, words: Sequence[str], setting: Setting, seconds: float | None) -> int | None:
-    """The command's exit status; None where the time was over first."""
-    log = _log(setting, stage)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
-        file.write(f"{shlex.join(words)}\n")
-        file.flush()
-        child = subprocess.Popen(
-            [sys.executable, "-m", "vllm_trimix.cli.main", *words],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            # Ctrl-C is passed on below, once.
-            start_new_session=True,
-        )
-        try:
-            return child.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            _stop(child)
-
-
-def _stop(child: subprocess.Popen[bytes]) -> None:
-    """Ends the command as Ctrl-C does, so that it ends its engine and keeps what was said."""
-    if child.poll() is not None:
-        return
-    child.send_signal(signal.SIGINT)
-    try:
-        child.wait(_STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-
-
-def _log(setting: Setting, stage: Stage) -> Path:
-    return setting.output / "logs" / f"{stage.name}.log"
-
-
-def _mark(setting: Setting, stage: Stage) -> Path:
-    """Holds the command of a stage that is done; a file a stage, so that two may run side by side."""
-    return setting.output / "logs" / f"{stage.name}.done"
-
-
-def _is_done(setting: Setting, stage: Stage, words: list[str]) -> bool:
-    path = _mark(setting, stage)
-    return path.exists() and path.read_text() == json.dumps(words) + "\n"
 
 
 def _say(text: str) -> None:

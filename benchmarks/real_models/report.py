@@ -1,6 +1,7 @@
-"""Writes docs/is-it-lossless.md and the README's table: ``python -m benchmarks.real_models.report DIR --write-docs``.
+"""Writes the pages of pretrained models: ``python -m benchmarks.real_models.report DIR --write-docs``.
 
-DIR is what ``benchmarks.real_models.results`` keeps. Only the generated parts of the pages are replaced.
+DIR is what ``benchmarks.real_models.results`` keeps. The pages are docs/is-it-lossless.md, the choice in
+docs/patterns.md and the README's table; only their generated parts are replaced.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.kernels.generated import fill
-from benchmarks.real_models import figures, results, tables
+from benchmarks.real_models import figures, pattern_tables, results, tables
 from benchmarks.real_models.written import Found
 
 ROOT = Path(__file__).parents[2]
 PAGE, README, FIGURES = ROOT / "docs" / "is-it-lossless.md", ROOT / "README.md", ROOT / "docs" / "figures"
+PATTERNS = ROOT / "docs" / "patterns.md"
 _SAYS = {
     "tasks": "Difference to stock by task and length, with its 95% interval",
     "needle": "Scores of stock and of TRIMIX by the needle's depth and the length",
@@ -47,9 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         found = results.read(args.folder)
         if not args.write_docs:
-            print("\n\n".join([*parts(found, {}).values(), tables.summary(found)]))
+            print("\n\n".join([*parts(found, {}).values(), tables.summary(found), pattern_tables.choice(found)]))
             return 0
         PAGE.write_text(fill(PAGE.read_text(), parts(found, figures.draw(FIGURES, found))))
+        PATTERNS.write_text(fill(PATTERNS.read_text(), {"choice": pattern_tables.choice(found)}))
         README.write_text(fill(README.read_text(), {"real-models": tables.summary(found)}))
     except (OSError, ValueError) as error:
         print(f"real-models: error: {error}", file=sys.stderr)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.real_models import pattern_results
 from vllm_trimix.config.entry import Resolved
 from vllm_trimix.evaluation import cells
 from vllm_trimix.evaluation.answers import Answer, parse
@@ -98,7 +99,7 @@ def write(source: Path, target: Path) -> list[str]:
         (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
         (folder / _ANSWERS).write_bytes(packed)
         names.append(folder.name)
-    return names
+    return names + pattern_results.keep(source, target, _ANSWERS)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[Answer], dict[str, dict[str, Any]]]:

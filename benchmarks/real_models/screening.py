@@ -46,9 +46,10 @@ def tasks(stage: Stage, found: Scores) -> list[str]:
         stage: The stage.
         found: ``scores`` of the folder in which its tasks were screened.
     """
-    there = all_tasks(stage.suite)
     if stage.rule == Rule.NAMED:
-        return list(stage.tasks or there)
+        # A stage that asks no tasks names what else it does.
+        return list(stage.tasks or all_tasks(stage.suite))
+    there = all_tasks(stage.suite)
     failed = {task for (task, length), score in found.items() if score < SOLVED and length < stage.length}
     if stage.rule == Rule.SCREEN:
         return _first([task for task in there if task not in failed], stage.tasks, stage.most)

@@ -6,7 +6,8 @@ import statistics
 from typing import Any
 
 from benchmarks.real_models.ablation_tables import layers, shape
-from benchmarks.real_models.plan import CLAIMED, MODELS, SOLVED, Model
+from benchmarks.real_models.pattern_tables import compared
+from benchmarks.real_models.plan import MODELS, SOLVED, Model
 from benchmarks.real_models.written import (
     NOTHING,
     Found,
@@ -16,6 +17,7 @@ from benchmarks.real_models.written import (
     nats,
     points,
     table,
+    task_cell,
     title,
 )
 from vllm_trimix.evaluation.configurations import NOISE_FLOOR, STOCK, TRIMIX
@@ -35,6 +37,7 @@ def parts(found: Found) -> dict[str, str]:
         "shape": shape(found),
         "long": long_answers(found),
         "perplexity": perplexity(found),
+        "patterns": compared(found),
     }
 
 
@@ -104,22 +107,13 @@ def tasks(found: Found) -> str:
         at = {(cell["task"], cell["length"]): cell for cell in solved(found, model)}
         lengths = sorted({length for _, length in at})
         rows = [
-            (task, *(_task_cell(at.get((task, length))) for length in lengths))
+            (task, *(task_cell(at.get((task, length))) for length in lengths))
             for task in dict.fromkeys(task for task, _ in at)
         ]
         heading = f"**{title(model)}**, layers {chosen_layers(found, model)} in triangle:"
         if rows:
             texts.append(f"{heading}\n\n{table(('task', *(f'{length} tokens' for length in lengths)), rows)}")
     return "\n\n".join(texts) or NOTHING
-
-
-def _task_cell(cell: dict[str, Any] | None) -> str:
-    if cell is None:
-        return ""
-    few = "" if cell["n"] >= CLAIMED else f", n={cell['n']}"
-    by = difference(cell)
-    mark = "**" if by.verdict != "none seen" else ""
-    return f"{points(cell['baseline'])} to {points(cell['score'])}: {mark}{interval(by)}{mark}{few}"
 
 
 def needle(found: Found) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.real_models.pinned import MODELS as PINNED
-from benchmarks.real_models.plan import Model
+from benchmarks.real_models.plan import CLAIMED, Model
 from benchmarks.real_models.results import Kept
 from vllm_trimix.evaluation.statistics import Difference, mean_difference
 
@@ -57,3 +57,13 @@ def nats(by: Difference | None) -> str:
     if by is None:
         return ""
     return f"{by.mean:.2g}" + (f" ({max(0.0, by.low):.2g} to {by.high:.2g})" if abs(by.low) < float("inf") else "")
+
+
+def task_cell(cell: Mapping[str, Any] | None) -> str:
+    """Scores of stock and of a configuration with their difference, bold where its interval excludes 0."""
+    if cell is None:
+        return ""
+    few = "" if cell["n"] >= CLAIMED else f", n={cell['n']}"
+    by = difference(cell)
+    mark = "**" if by.verdict != "none seen" else ""
+    return f"{points(cell['baseline'])} to {points(cell['score'])}: {mark}{interval(by)}{mark}{few}"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.kernels.generated import fill
-from benchmarks.real_models import figures, report, results, tables
+from benchmarks.real_models import figures, pattern_tables, report, results, tables
 from tests.docs.reading import PAGES, ROOT, prose, rows, section
 from vllm_trimix.evaluation.statistics import paired_difference
 
@@ -151,4 +151,5 @@ def test_the_pages_show_what_is_kept_of_pretrained_models() -> None:
     found = results.read(ROOT / folder)
     drawn = {part: name for part, name, _ in figures.PICTURES if (ROOT / "docs" / "figures" / name).exists()}
     assert fill(page, report.parts(found, drawn)) == page
+    assert fill(PAGES["docs/patterns.md"], {"choice": pattern_tables.choice(found)}) == PAGES["docs/patterns.md"]
     assert fill(PAGES["README.md"], {"real-models": tables.summary(found)}) == PAGES["README.md"]
