@@ -42,8 +42,8 @@ _CANDIDATE = 0.3
 """Seconds of a candidate of the search, or of density, on a layer at 2048 tokens."""
 _ROOM = 256
 """Tokens below a length for what the search asks on top."""
-_SERVERS = 3
-"""Patterns that are timed at once, beside stock and the triangle: all servers are up, of 2 GB each."""
+_SERVERS = 2
+"""Patterns that are timed at once, beside stock and the triangle: all servers are up, of 4 GB each."""
 _SERVE_FLAGS = ("--dtype=float32", "--enforce-eager")
 _DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _TASKS = ("niah_multikey_1", "cwe", "niah_multivalue", "fwe", "niah_single_3")
