@@ -96,7 +96,7 @@ def test_a_time_budget_decides_the_prompts() -> None:
     plain = work()
     for budget in (500, 700, 1200):
         samples = plain.samples_within(budget, most=500)
-        assert plain.seconds(samples) <= budget < plain.seconds(samples + 1)
+        assert plain.choosing_seconds(samples) <= budget < plain.choosing_seconds(samples + 1)
     assert plain.samples_within(1, most=64) == schedule.LEAST
     assert plain.samples_within(1e9, most=64) == 64
     assert plain.samples_within(1e9, most=5) == 5
@@ -114,7 +114,16 @@ def test_a_time_budget_decides_the_prompts() -> None:
     ],
 )
 def test_more_work_takes_longer(changes: dict[str, Any]) -> None:
-    assert work(**changes).seconds(24) > work().seconds(24)
+    assert seconds(work(**changes)) > seconds(work())
+
+
+def seconds(asked: schedule.Work) -> float:
+    return asked.ranking_seconds() + asked.choosing_seconds(24)
+
+
+def test_deep_sets_leave_time_for_more_prompts() -> None:
+    assert work(share=0.3).samples_within(700, most=500) > work(share=0.9).samples_within(700, most=500)
+    assert work(share=0.3, reuses=False).choosing_seconds(24) == work(share=0.9, reuses=False).choosing_seconds(24)
 
 
 def test_times_are_said_as_people_say_them() -> None:

@@ -51,7 +51,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="of prompts; the shortest ranks, and the choice must hold at each (default: 2048,4096 on a CPU, "
         "8192,32768 on a GPU, as far as the model goes)",
     )
-    add("--scored", type=int, default=6, metavar="K", help="prompts that rank the layers (default: %(default)s)")
+    add("--scored", type=int, default=4, metavar="K", help="prompts that rank the layers (default: %(default)s)")
     add(
         "--samples",
         type=int,

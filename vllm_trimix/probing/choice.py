@@ -59,7 +59,8 @@ def candidates(curve: Mapping[int, float]) -> list[int]:
         turn = k
     beyond = min((k for k in curve if k > turn), default=turn)
     step = (beyond - turn) / 3
-    return sorted({round(0.75 * turn), turn, round(turn + step), round(turn + 2 * step)} - {0}) or [1]
+    lower = {round(turn / 2), round(0.75 * turn), turn} if turn else {round(2 * step)}
+    return sorted({*lower, round(turn + step)} - {0}) or [1]
 
 
 def choose(bounds: Mapping[int, float], *, max_loss: float = MAX_LOSS) -> int:

@@ -56,11 +56,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was decided by the time that a pass takes; kept, so that going on repeats it.
+    """What was decided by the time that passes take; kept, so that going on repeats it.
 
     Attributes:
         samples: Held-out prompts of each length.
-        seconds: That the probe was expected to take from here on.
+        seconds: That they were expected to take.
     """
 
     samples: int

@@ -5,20 +5,22 @@ Finished work is saved as it comes, so that a stopped probe goes on where it was
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from vllm_trimix.hf_attention import layers as hf_layers
 from vllm_trimix.patterns.triangle import Triangle
-from vllm_trimix.probing import choice, material, ranking, schedule
-from vllm_trimix.probing.gradient import SECTIONS, Sample, SectionScores, mean_scores, score_sample
+from vllm_trimix.probing import choice, ranking, schedule
+from vllm_trimix.probing.asking import Asked, Asking
+from vllm_trimix.probing.gradient import SECTIONS, SectionScores, mean_scores, score_sample
 from vllm_trimix.probing.material import Material
 from vllm_trimix.probing.outcome import Outcome, Plan, Settings, Tried
-from vllm_trimix.probing.passes import Quality, TriangleModel, own_answer
+from vllm_trimix.probing.passes import Quality
 from vllm_trimix.probing.saved import Saved
 
 Progress = Callable[[str, int, int], None]
@@ -39,15 +41,10 @@ def check_layers(model: Any) -> dict[int, str]:
     return stock
 
 
-class _Asked(NamedTuple):
-    name: str
-    """Among the saved results."""
-    sample: Sample
-
-
 @dataclass(frozen=True)
-class _Answer:
-    tokens: tuple[int, ...]
+class _Passes:
+    seconds: dict[int, float]
+    reuses: bool
 
 
 class Probe:
@@ -80,15 +77,15 @@ class Probe:
         Raises:
             ValueError: More than the time budget, or prompts on which the triangle hides nothing.
         """
-        settings = self._settings
+        settings, began = self._settings, time.perf_counter()
         shortest = settings.lengths[0]
-        with TriangleModel(self._model, settings.pattern) as self._triangle:
-            self._known = known = material.find_out(asked, is_right=self._is_right, progress=self._progress)
-            plan = self._plan(budget, hard)
-            tell(f"{known.words}; about {schedule.words(plan.seconds)}")
-            scored = self._asked("scored", shortest, settings.scored)
+        with Asking(self._model, settings.pattern, self._saved) as self._asking:
+            known = self._asking.find_out(asked, self._progress)
+            work = self._work()
+            tell(f"{known.words}; {self._expected(work, budget, hard)}")
+            scored = self._asking.asked("scored", shortest, settings.scored)
         scores = self._gradients(scored) if "gradient" in settings.orders else None
-        with TriangleModel(self._model, settings.pattern) as self._triangle:
+        with self._asking:
             alone = self._alone(scored) if "ablation" in settings.orders else None
             ablation = [[quality.kl for quality in row] for row in alone] if alone else None
             importance = {
@@ -97,12 +94,15 @@ class Probe:
             }
             orders = {name: ranking.rank(importance[name], excluded=self._stock) for name in settings.orders}
             control, curve = self._curves(orders, scored)
+            sets = {name: choice.candidates(curve[name]) for name in orders}
+            left = None if budget is None else budget - (time.perf_counter() - began)
+            plan = self._plan(work, [orders[name][:k] for name in orders for k in sets[name]], left)
             tried: list[Tried] = []
-            kept = {name: self._choose(name, order, curve[name], plan.samples, tried) for name, order in orders.items()}
+            kept = {name: self._choose(name, orders[name], sets[name], plan.samples, tried) for name in orders}
             first = settings.orders[0]
             k = kept[first] or min(tried[0].losses)
             compared = self._compare(k, min(plan.samples, schedule.COMPARED))
-            dense = [self._quality(one, ()) for one in self._asked("held out", shortest, plan.samples)]
+            dense = [self._asking.quality(one, ()) for one in self._asking.asked("held out", shortest, plan.samples)]
         proven = control >= choice.MIN_CONTROL
         return Outcome(
             settings=settings,
@@ -124,67 +124,53 @@ class Probe:
             kept=kept,
         )
 
-    def _is_right(self, name: str, sample: Sample) -> bool:
-        return self._quality(_Asked(name, sample), ()).correct
-
-    def _quality(self, one: _Asked, layers: Iterable[int], *, pattern: Triangle | None = None) -> Quality:
-        """A set's quality, computed once. All sets of a sample are best asked one after the other."""
-        chosen = sorted(layers)
-        key = f"{one.name} under {'streaming ' if pattern else ''}{','.join(map(str, chosen))}"
-        return Quality(**self._saved.get(key, partial(self._triangle.quality, one.sample, chosen, pattern=pattern)))
-
-    def _loss(self, one: _Asked, now: Quality) -> float:
-        """Nats that an answer loses: of its log-probability where it is known to be right, else its divergence."""
-        return now.kl if self._known.reference == "own" else self._quality(one, ()).logprob - now.logprob
-
-    def _asked(self, what: str, length: int, count: int) -> list[_Asked]:
-        """Prompts with what they are held against."""
-        found = []
-        for index, sample in enumerate(self._known.material.draw(what, length, count)):
-            name = f"{what} {length} {index}"
-            if self._known.reference == "own":
-                say = partial(self._say, sample.prompt)
-                sample = Sample(sample.prompt, tuple(self._saved.get(f"{name} answer", say)["tokens"]))
-            found.append(_Asked(name, sample))
-        return found
-
-    def _say(self, prompt: tuple[int, ...]) -> _Answer:
-        return _Answer(own_answer(self._model, prompt, tokens=material.OWN_TOKENS))
-
-    def _plan(self, budget: float | None, hard: bool) -> Plan:
-        """How many held-out prompts, by the time that a pass takes."""
-        return Plan(**self._saved.get("plan", partial(self._planned, budget, hard)))
-
-    def _planned(self, budget: float | None, hard: bool) -> Plan:
-        settings, known = self._settings, self._known
-        seconds = dict(known.pass_seconds)
-        for length in settings.lengths:
-            if length not in seconds:
-                [first, *_] = self._asked("held out", length, 1)
-                start = time.perf_counter()
-                self._quality(first, ())
-                seconds[length] = time.perf_counter() - start
-        work = schedule.Work(
-            pass_seconds=seconds,
+    def _work(self) -> schedule.Work:
+        """What there is to do, by the time that passes take; those were timed when they first ran."""
+        settings = self._settings
+        timed = self._saved.get("passes", self._timed)
+        return schedule.Work(
+            pass_seconds={int(length): seconds for length, seconds in timed["seconds"].items()},
             scored=settings.scored,
             layers=len(self._able),
             gradient="gradient" in settings.orders,
             ablation="ablation" in settings.orders,
             orders=len(settings.orders),
             compared=1 + settings.num_random,
-            reuses=self._triangle.reuses,
+            reuses=timed["reuses"],
         )
-        samples = settings.samples
-        if budget is not None:
-            samples = work.samples_within(budget, most=settings.samples)
-            if hard and work.seconds(samples) > budget:
-                raise ValueError(
-                    f"--time-budget: {budget / 60:g} minutes: even {samples} held-out prompts of each length take "
-                    f"about {schedule.words(work.seconds(samples))}; allow as much, or take shorter --lengths"
-                )
-        return Plan(samples, work.seconds(samples))
 
-    def _gradients(self, scored: Sequence[_Asked]) -> dict[str, list[list[float]]]:
+    def _timed(self) -> _Passes:
+        seconds = dict(self._asking.known.pass_seconds)
+        for length in self._settings.lengths:
+            if length not in seconds:
+                [first, *_] = self._asking.asked("held out", length, 1)
+                start = time.perf_counter()
+                self._asking.quality(first, ())
+                seconds[length] = time.perf_counter() - start
+        return _Passes(seconds, self._asking.reuses)
+
+    def _expected(self, work: schedule.Work, budget: float | None, hard: bool) -> str:
+        """How long it will take, in words."""
+        most, ranks = self._settings.samples, work.ranking_seconds()
+        samples = most if budget is None else work.samples_within(budget - ranks, most=most)
+        seconds = ranks + work.choosing_seconds(samples)
+        if budget is not None and hard and seconds > budget:
+            raise ValueError(
+                f"--time-budget: {budget / 60:g} minutes: even {samples} held-out prompts of each length take about "
+                f"{schedule.words(seconds)}; allow as much, or take shorter --lengths"
+            )
+        return f"about {schedule.words(seconds)}, {samples} held-out prompts of each length or more"
+
+    def _plan(self, work: schedule.Work, sets: Sequence[Sequence[int]], left: float | None) -> Plan:
+        """How many held-out prompts there is time for, now that the sets are known."""
+        layers = len(self._able) + len(self._stock)
+        share = statistics.fmean(1 - min(layers_of) / layers for layers_of in sets)
+        work = dataclasses.replace(work, share=share)
+        most = self._settings.samples
+        samples = most if left is None else work.samples_within(left, most=most)
+        return Plan(**self._saved.get("plan", lambda: Plan(samples, work.choosing_seconds(samples))))
+
+    def _gradients(self, scored: Sequence[Asked]) -> dict[str, list[list[float]]]:
         settings, found = self._settings, []
         for index, one in enumerate(scored):
             self._progress("gradient", index, len(scored))
@@ -192,24 +178,24 @@ class Probe:
             found.append(self._saved.get(f"{one.name} gradient", work))
         return mean_scores([SectionScores(**item) for item in found])
 
-    def _alone(self, scored: Sequence[_Asked]) -> list[list[Quality]]:
+    def _alone(self, scored: Sequence[Asked]) -> list[list[Quality]]:
         """One layer in triangle at a time: [layer][sample]; stock layers have the dense quality."""
         found: list[list[Quality]] = [[] for _ in range(len(self._able) + len(self._stock))]
         for index, one in enumerate(scored):
             for layer, row in enumerate(found):
                 self._progress("ablation", index * len(found) + layer, len(scored) * len(found))
-                row.append(self._quality(one, () if layer in self._stock else (layer,)))
+                row.append(self._asking.quality(one, () if layer in self._stock else (layer,)))
         return found
 
-    def _losses(self, rows: Sequence[Sequence[Quality]], scored: Sequence[_Asked]) -> list[list[float]]:
-        return [[self._loss(one, now) for one, now in zip(scored, row, strict=True)] for row in rows]
+    def _losses(self, rows: Sequence[Sequence[Quality]], scored: Sequence[Asked]) -> list[list[float]]:
+        return [[self._asking.loss(one, now) for one, now in zip(scored, row, strict=True)] for row in rows]
 
     def _correlations(
         self,
         orders: Mapping[str, Sequence[int]],
         scores: Mapping[str, Sequence[Sequence[float]]] | None,
         alone: Sequence[Sequence[Quality]] | None,
-        scored: Sequence[_Asked],
+        scored: Sequence[Asked],
     ) -> dict[str, float]:
         """How well other orders agree with the measured one: gradient scores, losses, and depth."""
         if alone is None:
@@ -223,7 +209,7 @@ class Probe:
         return {name: value for name, value in values.items() if value is not None}
 
     def _curves(
-        self, orders: Mapping[str, Sequence[int]], scored: Sequence[_Asked]
+        self, orders: Mapping[str, Sequence[int]], scored: Sequence[Asked]
     ) -> tuple[float, dict[str, dict[int, float]]]:
         """What the prompts that ranked lose: with distant keys hidden from all rows, and with few numbers of layers.
 
@@ -234,23 +220,21 @@ class Probe:
         control, found = [], {name: {k: list[Quality]() for k in choice.grid(count)} for name in orders}
         for index, one in enumerate(scored):
             self._progress("curve", index, len(scored))
-            control.append(self._loss(one, self._quality(one, self._able, pattern=streaming)))
+            control.append(self._asking.loss(one, self._asking.quality(one, self._able, pattern=streaming)))
             for name, order in orders.items():
                 for k, qualities in found[name].items():
-                    qualities.append(self._quality(one, order[:k]))
+                    qualities.append(self._asking.quality(one, order[:k]))
 
         def mean(qualities: Sequence[Quality]) -> float:
-            losses = [self._loss(one, quality) for one, quality in zip(scored, qualities, strict=True)]
+            losses = [self._asking.loss(one, quality) for one, quality in zip(scored, qualities, strict=True)]
             return max(statistics.fmean(losses), statistics.fmean(quality.kl for quality in qualities))
 
         curves = {name: {k: mean(qualities) for k, qualities in by_k.items()} for name, by_k in found.items()}
         return statistics.fmean(control), curves
 
-    def _choose(
-        self, name: str, order: Sequence[int], curve: dict[int, float], samples: int, tried: list[Tried]
-    ) -> int:
+    def _choose(self, name: str, order: Sequence[int], sets: Sequence[int], samples: int, tried: list[Tried]) -> int:
         """Tries few k on held-out prompts, at each length those that passed before it; the largest that holds."""
-        open_sets, chosen = choice.candidates(curve), 0
+        open_sets, chosen = list(sets), 0
         for length in self._settings.lengths:
             batches = [open_sets]
             if length != self._settings.lengths[0]:
@@ -270,8 +254,8 @@ class Probe:
         return chosen
 
     def _try(self, found: Tried, order: Sequence[int], sets: Sequence[int], samples: int) -> None:
-        asked = self._asked("held out", found.length, samples)
-        found.correct[0] = statistics.fmean(self._quality(one, ()).correct for one in asked)
+        asked = self._asking.asked("held out", found.length, samples)
+        found.correct[0] = statistics.fmean(self._asking.quality(one, ()).correct for one in asked)
         for k in sets:
             found.losses[k], found.kl[k] = [], []
         right = dict.fromkeys(sets, 0)
@@ -279,8 +263,8 @@ class Probe:
             for at, k in enumerate(sets):
                 what = f"{found.order}, {found.length} tokens"
                 self._progress(what, index * len(sets) + at, len(asked) * len(sets))
-                quality = self._quality(one, order[:k])
-                found.losses[k].append(self._loss(one, quality))
+                quality = self._asking.quality(one, order[:k])
+                found.losses[k].append(self._asking.loss(one, quality))
                 found.kl[k].append(quality.kl)
                 right[k] += quality.correct
         found.correct.update({k: count / len(asked) for k, count in right.items()})
@@ -291,10 +275,10 @@ class Probe:
         others = {"deepest": sorted(self._able, reverse=True)}
         for index in range(settings.num_random):
             others[f"random {index + 1}"] = ranking.random_order(self._able, seed=settings.seed, index=index)
-        asked = self._asked("held out", settings.lengths[0], samples)
+        asked = self._asking.asked("held out", settings.lengths[0], samples)
         found: dict[str, list[float]] = {name: [] for name in others}
         for index, one in enumerate(asked):
             for at, (name, order) in enumerate(others.items()):
                 self._progress("compared", index * len(others) + at, len(asked) * len(others))
-                found[name].append(self._quality(one, order[:k]).kl)
+                found[name].append(self._asking.quality(one, order[:k]).kl)
         return found

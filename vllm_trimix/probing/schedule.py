@@ -11,12 +11,12 @@ SETS = 4
 """Layer sets that are tried on each held-out prompt of the shortest length; at longer ones those that passed."""
 LONGER_SETS = 2
 CURVE_SETS = 5
-COMPARED = 8
+COMPARED = 6
 """Held-out prompts that other orders are compared on."""
 LEAST = 8
 """Held-out prompts without which a bound says little."""
 _SHARE = 0.75
-"""Of a pass, what a layer set costs where what lies below its first layer is known."""
+"""Of a pass, what a layer set costs where what lies below its first layer is known; before the sets are."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Work:
         orders: Rankings whose sets are tried.
         compared: Other orders.
         reuses: Whether passes of one prompt share layers.
+        share: Of a pass, what a layer set costs then.
     """
 
     pass_seconds: Mapping[int, float]
@@ -41,26 +42,28 @@ class Work:
     orders: int
     compared: int
     reuses: bool
+    share: float = _SHARE
 
-    def seconds(self, samples: int) -> float:
-        """With so many held-out prompts of each length."""
-        share = _SHARE if self.reuses else 1.0
-        lengths = sorted(self.pass_seconds)
-        shortest = self.pass_seconds[lengths[0]]
+    def ranking_seconds(self) -> float:
+        """What ranks, with the control and the few sets that show where losses begin to grow."""
         # The control hides something in every layer: a whole pass.
-        passes = self.scored * (2 + self.orders * CURVE_SETS * share)
+        passes = self.scored * (2 + self.orders * CURVE_SETS * _SHARE)
         passes += self.scored * GRADIENT_PASSES if self.gradient else 0
-        passes += self.scored * (1 + share * self.layers) if self.ablation else 0
-        passes += min(samples, COMPARED) * (1 + self.compared)
-        held_out = samples * (1 + self.orders * SETS * share) * shortest
-        for length in lengths[1:]:
-            held_out += samples * (1 + LONGER_SETS * share) * self.pass_seconds[length]
-        return passes * shortest + held_out
+        passes += self.scored * (1 + _SHARE * self.layers) if self.ablation else 0
+        return passes * self.pass_seconds[min(self.pass_seconds)]
+
+    def choosing_seconds(self, samples: int) -> float:
+        """What chooses, with so many held-out prompts of each length."""
+        share = self.share if self.reuses else 1.0
+        shortest, *longer = (self.pass_seconds[length] for length in sorted(self.pass_seconds))
+        sets = min(samples, COMPARED) * (1 + self.compared) + samples * (1 + self.orders * SETS * share)
+        return sets * shortest + sum(samples * (1 + LONGER_SETS * share) * seconds for seconds in longer)
 
     def samples_within(self, seconds: float, *, most: int) -> int:
         """Held-out prompts of each length that the time allows, between ``LEAST`` and ``most``."""
         least = min(LEAST, most)
-        return max([count for count in range(least, most + 1) if self.seconds(count) <= seconds], default=least)
+        counts = range(least, most + 1)
+        return max([count for count in counts if self.choosing_seconds(count) <= seconds], default=least)
 
 
 def words(seconds: float) -> str:
