@@ -201,6 +201,7 @@ def test_own_language(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert json.loads((tmp_path / "preset.json").read_text())["layers"] == "0,2-3"
     tried = json.loads((tmp_path / "scores.json").read_text())["tried"]
     assert [item["length"] for item in tried] == [900, 1000]
+    assert "This holds at 900 and 1000 tokens; nothing longer was asked" in out
     # One layer more is the lookup layer: on the prompts that ranked it lost everything.
     curve = json.loads((tmp_path / "scores.json").read_text())["curve"]["gradient"]
     assert curve["3"] < 0.001

@@ -14,7 +14,7 @@ from vllm_trimix.cli.output import serve_command
 from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.probing import SCORES
 
-_LENGTHS = {"cpu": (2048, 4096), "cuda": (8192, 32768)}
+_LENGTHS = {"cpu": (2048,), "cuda": (8192, 32768)}
 _BUDGET = 10.0
 
 
@@ -48,7 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--lengths",
         "--length",
         metavar="TOKENS,...",
-        help="of prompts; the shortest ranks, and the choice must hold at each (default: 2048,4096 on a CPU, "
+        help="of prompts; the shortest ranks, and the choice must hold at each (default: 2048 on a CPU, "
         "8192,32768 on a GPU, as far as the model goes)",
     )
     add("--scored", type=int, default=4, metavar="K", help="prompts that rank the layers (default: %(default)s)")

@@ -69,7 +69,10 @@ def verdict(outcome: Outcome) -> Iterator[str]:
     for tried in outcome.tried:
         if tried.order == order:
             yield from _failed(tried, order=outcome.orders[order])
-    if not outcome.chosen:
+    if outcome.chosen:
+        lengths = " and ".join(map(str, outcome.settings.lengths))
+        yield f"This holds at {lengths} tokens; nothing longer was asked (--lengths)."
+    else:
         yield "No layer can be a triangle layer without a loss on these prompts, so there is no preset."
 
 
