@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.real_models import calls, screening, texts
-from benchmarks.real_models.plan import ENGINE_FLAGS, MODELS, NOISE_CHUNK, SHAPE, STAGES, Model, Rule, Stage
+from benchmarks.real_models.plan import (
+    CONCURRENCY,
+    ENGINE_FLAGS,
+    MODELS,
+    NOISE_CHUNK,
+    SHAPE,
+    STAGES,
+    Model,
+    Rule,
+    Stage,
+)
 
 PRESETS = Path(__file__).parent / "presets"
 """Layers that were found on a model, a file each."""
@@ -179,7 +189,7 @@ def command(stage: Stage, tasks: Sequence[str], setting: Setting) -> list[str]:
         words += ["--documents", *(str(path) for path in texts.paths(setting.documents))]
     if stage.suite == "ppl":
         words += ["--text", str(texts.paths(setting.documents)[0])]
-    return [*words, "--", *ENGINE_FLAGS]
+    return [*words, "--concurrency", str(CONCURRENCY), "--", *ENGINE_FLAGS]
 
 
 Make = Callable[[Stage, Sequence[str], Setting], list[str]]
