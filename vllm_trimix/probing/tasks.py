@@ -126,6 +126,9 @@ def _record(keys: int) -> Callable[[random.Random, int], Question]:
     return write
 
 
+MULTI_NEEDLE, KV_RETRIEVAL = Task("multi_needle", _needles(8)), Task("kv_retrieval", _kv_retrieval)
+
+
 def tasks_of(language: str, *, keys: int = 0) -> tuple[Task, ...]:
     """The tasks that can be asked in a language, from easy to hard.
 
@@ -142,6 +145,6 @@ def tasks_of(language: str, *, keys: int = 0) -> tuple[Task, ...]:
         Task("needle", _needles(1)),
         Task("passkey", _passkey),
         Task("few_needles", _needles(3)),
-        Task("multi_needle", _needles(8)),
-        Task("kv_retrieval", _kv_retrieval),
+        MULTI_NEEDLE,
+        KV_RETRIEVAL,
     )

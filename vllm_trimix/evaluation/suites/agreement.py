@@ -12,20 +12,17 @@ from vllm_trimix.evaluation.making import Asked, Write, generator
 from vllm_trimix.evaluation.own_languages import ANSWER_TOKENS, records, vault
 from vllm_trimix.evaluation.sample import Measure, Sample
 from vllm_trimix.evaluation.suite import Context, MakeSamples, Suite
+from vllm_trimix.probing.tasks import KV_RETRIEVAL, MULTI_NEEDLE, Task
 
 _MAX_TOKENS = 16
 _SUMMARY = "\n\nSummarise the text above in three sentences."
 
 
-def _drawn(kind: str) -> Write:
-    """The probe's prompts of a kind."""
+def _drawn(task: Task) -> Write:
+    """The probe's prompts of a task."""
 
     def write(seed: str, size: int, depth: float | None) -> Asked:
-        # Heavy: PyTorch.
-        from vllm_trimix.probing import prompts
-
-        text, _ = getattr(prompts, kind)(generator(seed, kind), size)
-        return Asked(text, (), "Answer:", delimiter="\n")
+        return Asked(task.write(generator(seed, task.name), size).text, (), "Answer:", delimiter="\n")
 
     return write
 
@@ -34,7 +31,7 @@ def _summary(seed: str, size: int, depth: float | None) -> Asked:
     return Asked(" ".join(haystack.prose(generator(seed, "prose"), size)) + _SUMMARY, (), "Summary:", delimiter="\n")
 
 
-_KINDS: tuple[Write, ...] = (_drawn("kv_retrieval"), _drawn("multi_needle"), _summary)
+_KINDS: tuple[Write, ...] = (_drawn(KV_RETRIEVAL), _drawn(MULTI_NEEDLE), _summary)
 
 
 def _prompts(context: Context, length: int, count: int) -> list[Sample]:
