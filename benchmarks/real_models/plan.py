@@ -52,7 +52,7 @@ class Model:
     start: float
 
 
-SMOLLM2 = Model("smollm2-135m", "smollm2", tuple(range(30)), "20-29", {2 * K: 4.4, 4 * K: 11, 8 * K: 32}, 0.006, 25)
+SMOLLM2 = Model("smollm2-135m", "smollm2", tuple(range(30)), "22-29", {2 * K: 4.4, 4 * K: 11, 8 * K: 32}, 0.006, 25)
 # Each of its tokens multiplies with an embedding of 262,144 words.
 GEMMA = Model("gemma3-270m", "gemma", (5, 11, 17), "5,11,17", {4 * K: 9, 8 * K: 20, 16 * K: 50, 32 * K: 150}, 0.02, 35)
 MODELS = (SMOLLM2, GEMMA)

@@ -15,7 +15,7 @@ from vllm_trimix.patterns.triangle import Triangle
 from vllm_trimix.probing import SCORES
 
 _LENGTHS = {"cpu": (2048,), "cuda": (8192, 32768)}
-_BUDGET = 10.0
+_BUDGET = 8.0
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
