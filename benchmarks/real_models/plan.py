@@ -17,7 +17,7 @@ from vllm_trimix.evaluation.suites.niah import DEPTHS
 ENGINE_FLAGS = ("--dtype", "float32", "--enforce-eager")
 """CPUs of this kind compute twice as fast in fp32 as in bf16, and compiling takes a minute an engine."""
 CONCURRENCY = 8
-"""Prompts at the same time: their answers' tokens are computed together, which costs little more than one's."""
+"""Prompts at a time: so many answers' tokens cost little more than one's."""
 SHAPE = {"n_init": 8, "n_local": 512, "last_n": 128, "min_prompt_len": 0}
 """The published triangle, at every length."""
 SCREENED, SOLVED = 10, 0.2
@@ -25,7 +25,7 @@ SCREENED, SOLVED = 10, 0.2
 CLAIMED = 50
 """Prompts of a cell that carries a claim."""
 NOISE_CHUNK = 512
-"""Tokens of a chunk of the other stock run, which shows how far rounding alone carries answers apart."""
+"""Tokens of a chunk of the other stock run: how far rounding alone carries answers apart."""
 K = 1024
 
 
@@ -203,11 +203,10 @@ def random_sets(model: Model, counts: tuple[int, ...], each: int) -> tuple[tuple
     )
 
 
-# Without the values of the base, which is asked as `trimix`.
+# Without the base's values.
 _LAST_N = "last_n=0,1,4,16,64,256,512"
 _N_LOCAL = "n_local=64,128,256,1024"
-# An A-shape is last_n=0.
-_SHAPES = "shape=last_rows,window"
+_SHAPES = "shape=last_rows,window"  # An A-shape is last_n=0.
 _RANDOM = "random_layers=0,1,2,3,4"
 _COUNTS = tuple(range(3, 31, 3))
 _GEMMA_SETS = tuple((f"layers-{layers.replace(',', '-')}", layers) for layers in ("5", "11", "17", "5,11", "11,17"))
