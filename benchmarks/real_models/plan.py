@@ -207,8 +207,8 @@ def random_sets(model: Model, counts: tuple[int, ...], each: int) -> tuple[tuple
 _LAST_N = "last_n=0,1,4,16,64,256,512"
 _N_LOCAL = "n_local=64,128,256,1024"
 _SHAPES = "shape=last_rows,window"  # An A-shape is last_n=0.
-_RANDOM = "random_layers=0,1,2,3,4"
-_COUNTS = tuple(range(3, 31, 3))
+_RANDOM = "random_layers=0,1,2"
+_COUNTS = (4, 8, 12, 16, 20, 25, 30)
 _GEMMA_SETS = tuple((f"layers-{layers.replace(',', '-')}", layers) for layers in ("5", "11", "17", "5,11", "11,17"))
 
 
@@ -224,18 +224,18 @@ STAGES: tuple[Stage, ...] = (
     _documents(SMOLLM2, 2 * K, 11, 20),
     _documents(GEMMA, 4 * K, 11, 10),
     _needle(SMOLLM2, 2 * K, 12, 5),
-    *_claims(SMOLLM2, 2 * K, 13, most=6),
+    *_claims(SMOLLM2, 2 * K, 13, most=4),
     _ablation(
         "layers",
-        *(SMOLLM2, "agreement", 14, 8),
+        *(SMOLLM2, "agreement", 14, 6),
         ablations=("num_layers=" + ",".join(map(str, _COUNTS)),),
-        sets=random_sets(SMOLLM2, (3, 6, 9, 15, 21, 27), 3),
+        sets=random_sets(SMOLLM2, (4, 8, 16, 25), 2),
         noise_floor=True,
         answer=64,
     ),
     _ablation(
         "shape",
-        *(SMOLLM2, "agreement", 14, 8),
+        *(SMOLLM2, "agreement", 14, 6),
         ablations=(_LAST_N, _N_LOCAL, _SHAPES, _RANDOM),
         noise_floor=True,
         answer=64,
@@ -244,7 +244,7 @@ STAGES: tuple[Stage, ...] = (
     *_claims(GEMMA, 4 * K, 29, most=1),
     _ablation(
         "shape",
-        *(GEMMA, "agreement", 16, 5),
+        *(GEMMA, "agreement", 16, 4),
         ablations=("last_n=0,16", "n_local=64,1024", "shape=last_rows"),
         sets=_GEMMA_SETS,
         noise_floor=True,
@@ -254,11 +254,11 @@ STAGES: tuple[Stage, ...] = (
         "needle-ablation",
         *(SMOLLM2, "niah", 17, 1),
         ablations=(
-            "num_layers=6,12,18,24,30",
-            "last_n=0,1,16,64,256",
-            "n_local=64,256,1024",
+            "num_layers=12,18,24,30",
+            "last_n=0,1,16",
+            "n_local=64",
             "shape=last_rows",
-            "random_layers=0,1,2",
+            "random_layers=0,1",
         ),
         depths=_FEW_DEPTHS,
     ),
@@ -273,28 +273,27 @@ STAGES: tuple[Stage, ...] = (
     _text(SMOLLM2, "ppl", 2 * K, 18, 10, 1),
     _text(GEMMA, "ppl", 4 * K, 18, 10, 1),
     *_screens(SMOLLM2, 4 * K, 20),
-    _documents(SMOLLM2, 4 * K, 20, 12),
-    _needle(SMOLLM2, 4 * K, 21, 3),
-    *_claims(SMOLLM2, 4 * K, 22, most=2),
+    _documents(SMOLLM2, 4 * K, 20, 8),
+    _needle(SMOLLM2, 4 * K, 21, 1),
+    *_claims(SMOLLM2, 4 * K, 22, most=1),
     _ablation(
         "task-ablation",
         *(SMOLLM2, "ruler", 23, 10),
         rule=Rule.SOLVED,
         tasks=_PREFERRED,
         most=1,
-        ablations=("num_layers=6,12,18,24,30", "last_n=0,16", "shape=last_rows", "random_layers=0,1,2"),
+        ablations=("num_layers=12,18,24,30", "last_n=0", "shape=last_rows", "random_layers=0,1"),
     ),
-    _documents(SMOLLM2, 8 * K, 24, 6),
-    _documents(GEMMA, 8 * K, 28, 6),
-    _needle(GEMMA, 8 * K, 29, 1),
-    _needle(SMOLLM2, 8 * K, 25, 2),
-    *_screens(SMOLLM2, 8 * K, 31, most=2),
+    _documents(SMOLLM2, 8 * K, 24, 4),
+    _documents(GEMMA, 8 * K, 28, 4),
+    _needle(SMOLLM2, 8 * K, 25, 1),
+    *_screens(SMOLLM2, 8 * K, 31, most=1),
     *_claims(SMOLLM2, 8 * K, 32, most=1),
-    _text(SMOLLM2, "ppl", 8 * K, 33, 5, 1),
+    _text(SMOLLM2, "ppl", 8 * K, 33, 3, 1),
     _documents(GEMMA, 16 * K, 26, 4),
     _needle(GEMMA, 16 * K, 27, 1, _FEW_DEPTHS),
-    _documents(GEMMA, 32 * K, 30, 2),
-    _needle(GEMMA, 32 * K, 31, 1, _FEW_DEPTHS),
-    *_screens(GEMMA, 8 * K, 34, most=2),
+    _documents(GEMMA, 32 * K, 30, 1),
+    _needle(GEMMA, 32 * K, 31, 1, (0.0, 0.5, 1.0)),
+    *_screens(GEMMA, 8 * K, 34, most=1),
     *_claims(GEMMA, 8 * K, 35, most=1),
 )

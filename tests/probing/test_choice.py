@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from vllm_trimix.probing.choice import MAX_LOSS, candidates, choose, grid, prompts_needed, upper_bound
+from vllm_trimix.probing.choice import MAX_LOSS, candidates, choose, further, grid, prompts_needed, upper_bound
 from vllm_trimix.probing.ranking import random_order, rank, rank_correlation
 
 
@@ -67,6 +67,21 @@ def test_few_sets_around_the_turn(count: int) -> None:
         assert 1 <= found[0] <= max(1, last_good or beyond)
         assert found[-1] <= beyond
         assert last_good == 0 or last_good in found
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 12, 30, 80])
+def test_where_all_hold_larger_sets_follow(count: int) -> None:
+    steps = grid(count)
+    for last_good in [0, *steps]:
+        curve = {k: 0.0 if k <= last_good else 1.0 for k in steps}
+        tried = candidates(curve)
+        found = further(tried, curve)
+        assert len(found) <= 2
+        assert found == sorted(set(found))
+        assert all(k > tried[-1] for k in found)
+        # They end where the ranking prompts lost too much, or with all layers.
+        assert (found or tried)[-1] == min([k for k in steps if k > tried[-1]], default=count)
+        assert bool(found) is (tried[-1] < count)
 
 
 def test_a_dip_in_the_curve_is_no_turn() -> None:

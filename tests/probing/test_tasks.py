@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,17 @@ def test_more_work_takes_longer(changes: dict[str, Any]) -> None:
 
 def seconds(asked: schedule.Work) -> float:
     return asked.ranking_seconds() + asked.choosing_seconds(24)
+
+
+def test_what_surely_takes_longer_is_refused() -> None:
+    plain = work()
+    least = plain.ranking_seconds() + plain.choosing_seconds(schedule.LEAST)
+    schedule.refuse(plain, least + 1, most=64)
+    schedule.refuse(plain, math.inf, most=64)
+    with pytest.raises(ValueError, match=r"minutes: even 8 held-out prompts of each length take about"):
+        schedule.refuse(plain, least - 1, most=64)
+    # Fewer were asked for.
+    schedule.refuse(plain, least - 1, most=4)
 
 
 def test_deep_sets_leave_time_for_more_prompts() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -56,13 +56,18 @@ class Asking:
         """Whether sets of one prompt share passes."""
         return self._triangle.reuses
 
-    def find_out(self, asked: Material, progress: Callable[[str, int, int], None]) -> Known:
-        """What the model can be asked, by asking it."""
+    def find_out(
+        self,
+        asked: Material,
+        progress: Callable[[str, int, int], None],
+        timed: Callable[[Mapping[int, float]], None],
+    ) -> Known:
+        """What the model can be asked, by asking it; see ``material.find_out``."""
 
         def is_right(name: str, sample: Sample) -> bool:
             return self.quality(Asked(name, sample), ()).correct
 
-        self.known = material.find_out(asked, is_right=is_right, progress=progress)
+        self.known = material.find_out(asked, is_right=is_right, progress=progress, timed=timed)
         return self.known
 
     def asked(self, what: str, length: int, count: int) -> list[Asked]:

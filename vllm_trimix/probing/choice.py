@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 CONFIDENCE = 0.95
 MAX_LOSS = 0.01
@@ -61,6 +61,18 @@ def candidates(curve: Mapping[int, float]) -> list[int]:
     step = (beyond - turn) / 3
     lower = {round(turn / 2), round(0.75 * turn), turn} if turn else {round(2 * step)}
     return sorted({*lower, round(turn + step)} - {0}) or [1]
+
+
+def further(tried: Iterable[int], curve: Mapping[int, float]) -> list[int]:
+    """Few larger values of k, ascending, for where all that were tried hold; empty where there are none.
+
+    Args:
+        tried: Those of ``candidates``.
+        curve: As there.
+    """
+    last = max(tried)
+    beyond = min((k for k in curve if k > last), default=last)
+    return sorted({(last + beyond + 1) // 2, beyond} - {last})
 
 
 def choose(bounds: Mapping[int, float], *, max_loss: float = MAX_LOSS) -> int:

@@ -108,6 +108,7 @@ def find_out(
     *,
     is_right: Callable[[str, Sample], bool],
     progress: Callable[[str, int, int], None],
+    timed: Callable[[Mapping[int, float]], None] = lambda seconds: None,
 ) -> Known:
     """Asks the tasks densely, and keeps those that the model does at every length.
 
@@ -115,11 +116,14 @@ def find_out(
         material: What can be asked.
         is_right: Asks a sample, under a name for what is saved.
         progress: Told the phase, and how much of it is done.
+        timed: Told what passes take, length -> seconds, from the second one on.
     """
     seconds: dict[int, float] = {}
     found: list[Screened] = []
 
     def ask(task: str, length: int, index: int, sample: Sample) -> bool:
+        if seconds and index:
+            timed(seconds)
         start = time.perf_counter()
         right = is_right(f"screened {task} {length} {index}", sample)
         # The first pass of all is slower than any other.

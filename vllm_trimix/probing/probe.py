@@ -6,6 +6,7 @@ Finished work is saved as it comes, so that a stopped probe goes on where it was
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -80,9 +81,12 @@ class Probe:
         settings, began = self._settings, time.perf_counter()
         shortest = settings.lengths[0]
         with Asking(self._model, settings.pattern, self._saved) as self._asking:
-            known = self._asking.find_out(asked, self._progress)
+            # What can't fit is refused before all the tasks are asked.
+            limit = budget if hard and budget is not None else math.inf
+            known = self._asking.find_out(asked, self._progress, lambda seconds: self._refuse(seconds, limit))
             work = self._work()
-            tell(f"{known.words}; {self._expected(work, budget, hard)}")
+            self._refuse(work.pass_seconds, limit)
+            tell(f"{known.words}; {schedule.expected(work, budget, most=settings.samples)}")
             scored = self._asking.asked("scored", shortest, settings.scored)
         scores = self._gradients(scored) if "gradient" in settings.orders else None
         with self._asking:
@@ -98,7 +102,7 @@ class Probe:
             left = None if budget is None else budget - (time.perf_counter() - began)
             plan = self._plan(work, [orders[name][:k] for name in orders for k in sets[name]], left)
             tried: list[Tried] = []
-            kept = {name: self._choose(name, orders[name], sets[name], plan.samples, tried) for name in orders}
+            kept = {name: self._choose(name, orders[name], curve[name], plan.samples, tried) for name in orders}
             first = settings.orders[0]
             k = kept[first] or min(tried[0].losses)
             compared = self._compare(k, min(plan.samples, schedule.COMPARED))
@@ -126,18 +130,29 @@ class Probe:
 
     def _work(self) -> schedule.Work:
         """What there is to do, by the time that passes take; those were timed when they first ran."""
-        settings = self._settings
         timed = self._saved.get("passes", self._timed)
+        seconds = {int(length): seconds for length, seconds in timed["seconds"].items()}
+        return self._work_of(seconds, reuses=timed["reuses"])
+
+    def _work_of(self, seconds: Mapping[int, float], *, reuses: bool) -> schedule.Work:
+        settings = self._settings
         return schedule.Work(
-            pass_seconds={int(length): seconds for length, seconds in timed["seconds"].items()},
+            pass_seconds=seconds,
             scored=settings.scored,
             layers=len(self._able),
             gradient="gradient" in settings.orders,
             ablation="ablation" in settings.orders,
             orders=len(settings.orders),
             compared=1 + settings.num_random,
-            reuses=timed["reuses"],
+            reuses=reuses,
         )
+
+    def _refuse(self, seconds: Mapping[int, float], limit: float) -> None:
+        shortest = min(seconds)
+        # A pass takes at least as many times longer as its prompt is.
+        at_least = {length: length / shortest * seconds[shortest] for length in self._settings.lengths}
+        work = self._work_of({**at_least, **seconds}, reuses=True)
+        schedule.refuse(work, limit, most=self._settings.samples)
 
     def _timed(self) -> _Passes:
         seconds = dict(self._asking.known.pass_seconds)
@@ -148,18 +163,6 @@ class Probe:
                 self._asking.quality(first, ())
                 seconds[length] = time.perf_counter() - start
         return _Passes(seconds, self._asking.reuses)
-
-    def _expected(self, work: schedule.Work, budget: float | None, hard: bool) -> str:
-        """How long it will take, in words."""
-        most, ranks = self._settings.samples, work.ranking_seconds()
-        samples = most if budget is None else work.samples_within(budget - ranks, most=most)
-        seconds = ranks + work.choosing_seconds(samples)
-        if budget is not None and hard and seconds > budget:
-            raise ValueError(
-                f"--time-budget: {budget / 60:g} minutes: even {samples} held-out prompts of each length take about "
-                f"{schedule.words(seconds)}; allow as much, or take shorter --lengths"
-            )
-        return f"about {schedule.words(seconds)}, {samples} held-out prompts of each length or more"
 
     def _plan(self, work: schedule.Work, sets: Sequence[Sequence[int]], left: float | None) -> Plan:
         """How many held-out prompts there is time for, now that the sets are known."""
@@ -232,26 +235,34 @@ class Probe:
         curves = {name: {k: mean(qualities) for k, qualities in by_k.items()} for name, by_k in found.items()}
         return statistics.fmean(control), curves
 
-    def _choose(self, name: str, order: Sequence[int], sets: Sequence[int], samples: int, tried: list[Tried]) -> int:
+    def _choose(
+        self, name: str, order: Sequence[int], curve: Mapping[int, float], samples: int, tried: list[Tried]
+    ) -> int:
         """Tries few k on held-out prompts, at each length those that passed before it; the largest that holds."""
-        open_sets, chosen = list(sets), 0
-        for length in self._settings.lengths:
-            batches = [open_sets]
-            if length != self._settings.lengths[0]:
-                # The largest ones; smaller ones only where those fail.
-                batches = [open_sets[-schedule.LONGER_SETS :], open_sets[: -schedule.LONGER_SETS]]
+        shortest, *longer = self._settings.lengths
+        found, sets = Tried(name, shortest), choice.candidates(curve)
+        tried.append(found)
+        chosen = self._largest(found, order, sets, samples)
+        more = choice.further(sets, curve) if chosen == sets[-1] else []
+        if more:
+            sets += more
+            chosen = self._largest(found, order, more, samples) or chosen
+        for length in longer:
+            sets = [k for k in sets if k <= chosen]
+            if not sets:
+                break
             found = Tried(name, length)
             tried.append(found)
-            chosen = 0
-            for batch in filter(None, batches):
-                self._try(found, order, batch, samples)
-                chosen = choice.choose({k: found.bound(k) for k in batch})
-                if chosen:
-                    break
-            open_sets = [k for k in open_sets if k <= chosen]
-            if not chosen:
-                break
+            # The largest ones; smaller ones only where those fail.
+            batches = (sets[-schedule.LONGER_SETS :], sets[: -schedule.LONGER_SETS])
+            holding = (self._largest(found, order, batch, samples) for batch in batches if batch)
+            chosen = next(filter(None, holding), 0)
         return chosen
+
+    def _largest(self, found: Tried, order: Sequence[int], sets: Sequence[int], samples: int) -> int:
+        """Tries these k; the largest that holds."""
+        self._try(found, order, sets, samples)
+        return choice.choose({k: found.bound(k) for k in sets})
 
     def _try(self, found: Tried, order: Sequence[int], sets: Sequence[int], samples: int) -> None:
         asked = self._asking.asked("held out", found.length, samples)

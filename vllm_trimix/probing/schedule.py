@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 GRADIENT_PASSES = 6.5
 """Forward passes that a scored prompt's gradient costs; 6.3 measured."""
-SETS = 4
-"""Layer sets that are tried on each held-out prompt of the shortest length; at longer ones those that passed."""
+SETS = 6
+"""Layer sets that are tried on each held-out prompt of the shortest length, at most; at longer ones few that passed."""
 LONGER_SETS = 2
 CURVE_SETS = 5
 COMPARED = 6
@@ -56,7 +56,7 @@ class Work:
         """What chooses, with so many held-out prompts of each length."""
         share = self.share if self.reuses else 1.0
         shortest, *longer = (self.pass_seconds[length] for length in sorted(self.pass_seconds))
-        sets = min(samples, COMPARED) * (1 + self.compared) + samples * (1 + self.orders * SETS * share)
+        sets = min(samples, COMPARED) * (1 + self.compared) + samples * (2 + self.orders * SETS * share)
         return sets * shortest + sum(samples * (1 + LONGER_SETS * share) * seconds for seconds in longer)
 
     def samples_within(self, seconds: float, *, most: int) -> int:
@@ -64,6 +64,40 @@ class Work:
         least = min(LEAST, most)
         counts = range(least, most + 1)
         return max([count for count in counts if self.choosing_seconds(count) <= seconds], default=least)
+
+
+def expected(work: Work, budget: float | None, *, most: int) -> str:
+    """How long it will take, in words.
+
+    Args:
+        work: What there is to do.
+        budget: Seconds that it may take, as far as fewer prompts help; None for no limit.
+        most: Held-out prompts of each length.
+    """
+    ranks = work.ranking_seconds()
+    samples = most if budget is None else work.samples_within(budget - ranks, most=most)
+    seconds = ranks + work.choosing_seconds(samples)
+    return f"about {words(seconds)}, {samples} held-out prompts of each length or more"
+
+
+def refuse(work: Work, limit: float, *, most: int) -> None:
+    """Refuses what takes longer than the user allows.
+
+    Args:
+        work: What there is to do.
+        limit: Seconds.
+        most: Held-out prompts of each length.
+
+    Raises:
+        ValueError: Even the fewest take longer.
+    """
+    count = min(LEAST, most)
+    seconds = work.ranking_seconds() + work.choosing_seconds(count)
+    if seconds > limit:
+        raise ValueError(
+            f"--time-budget: {limit / 60:g} minutes: even {count} held-out prompts of each length take about "
+            f"{words(seconds)}; allow as much, or take shorter --lengths"
+        )
 
 
 def words(seconds: float) -> str:
