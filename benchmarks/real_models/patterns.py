@@ -22,10 +22,11 @@ from vllm_trimix.config.layers import format_layers, parse_layers
 from vllm_trimix.evaluation.configurations import TRIMIX
 from vllm_trimix.evaluation.passages import ANSWER_TOKENS
 from vllm_trimix.measurement.intervals import MIN_SAMPLES
+from vllm_trimix.patterns.a_shape import AShape
 from vllm_trimix.patterns.registry import PATTERNS, describe
 from vllm_trimix.searching.candidates import published
 
-LENGTHS = {SMOLLM2.short: (2 * K, 4 * K, 8 * K), GEMMA.short: (4 * K, 16 * K)}
+LENGTHS = {SMOLLM2.short: (8 * K,), GEMMA.short: (16 * K,)}
 """Tokens of prompt and answer, by model."""
 SEARCH, DENSITY, TTFT = "search", "density", "ttft"
 HEADS = "heads"
@@ -45,7 +46,9 @@ _ROOM = 256
 _SERVERS = 2
 """Patterns that are timed at once, beside stock and the triangle: all servers are up, of 4 GB each."""
 _SERVE_FLAGS = ("--dtype=float32", "--enforce-eager")
-_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_DEPTHS = (0.0, 0.5, 1.0)
+_MEASURED_LAYERS = 10
+"""Layers whose keys are counted, evenly spread: a layer takes a minute a passage."""
 _TASKS = ("niah_multikey_1", "cwe", "niah_multivalue", "fwe", "niah_single_3")
 
 
@@ -88,9 +91,13 @@ def open_layers(model: Model, setting: Setting) -> tuple[int, ...]:
 
 
 def names(model: Model, length: int, setting: Setting) -> list[str]:
-    """Configurations beside stock and the triangle; with the triangle only where it leaves layers dense."""
-    own = [*patterns(length), HEADS]
-    return [f"{TOGETHER}{name}" for name in own if open_layers(model, setting)] + own
+    """Configurations beside stock and the triangle; with the triangle only where it leaves layers dense.
+
+    Published sizes cover prompts of these lengths: of those patterns the shrunk ones are asked.
+    """
+    alone = [name for name in (*patterns(length), HEADS) if name not in _SIZED]
+    together = [name for name in alone if name != AShape.name and open_layers(model, setting)]
+    return [f"{TOGETHER}{name}" for name in together] + alone
 
 
 def entry(name: str, model: Model, length: int, setting: Setting) -> dict[str, Any]:
@@ -127,20 +134,21 @@ def stages(setting: Setting) -> list[PatternStage]:
 
 def _stages(model: Model, length: int, setting: Setting) -> list[PatternStage]:
     compared, prefill = names(model, length, setting), model.prefill[length]
-    few = length > 4 * K
+    counted = len(measured_layers(model))
     step = 40 + LENGTHS[model.short].index(length)
 
     def stage(what: str, suite: str, samples: int, priority: int = step, **fields: Any) -> PatternStage:
         name = f"{model.short}-patterns-{what}-{length // K}k"
         return PatternStage(name, model, suite, length, priority, samples, folder=name, **fields)
 
-    asked, most = {"entries": len(compared)}, 1 if few else 2
+    asked = {"entries": len(compared)}
+    searched = _measuring(len(model.layers), length, len(published(length)))
     found = [
-        stage(SEARCH, SEARCH, 2, tasks=(SEARCH,), takes=2 * _measuring(model, length, len(published(length)))),
-        stage("documents", "agreement", 6 if few else 12, noise_floor=True, answer=ANSWER_TOKENS, **asked),
-        stage(DENSITY, DENSITY, 4, tasks=(DENSITY,), takes=4 * _measuring(model, length, len(compared))),
-        stage("niah", "niah", 2 if few else 4, depths=_DEPTHS, **asked),
-        stage("ruler", "ruler", 10 if few else 20, rule=Rule.SOLVED, tasks=_TASKS, most=most, **asked),
+        stage(SEARCH, SEARCH, 1, tasks=(SEARCH,), takes=searched),
+        stage("documents", "agreement", 3, noise_floor=True, answer=ANSWER_TOKENS, **asked),
+        stage(DENSITY, DENSITY, 1, tasks=(DENSITY,), takes=_measuring(counted, length, len(patterns(length)) + 1)),
+        stage("niah", "niah", 1, depths=_DEPTHS, **asked),
+        stage("ruler", "ruler", 10, rule=Rule.SOLVED, tasks=_TASKS, most=1, **asked),
     ]
     if length == max(LENGTHS[model.short]):
         for number, first in enumerate(range(0, len(compared), _SERVERS)):
@@ -150,9 +158,14 @@ def _stages(model: Model, length: int, setting: Setting) -> list[PatternStage]:
     return found
 
 
-def _measuring(model: Model, length: int, candidates: int) -> float:
+def measured_layers(model: Model) -> tuple[int, ...]:
+    """Those whose keys are counted."""
+    return model.layers[:: -(-len(model.layers) // _MEASURED_LAYERS)]
+
+
+def _measuring(layers: int, length: int, candidates: int) -> float:
     """Seconds of candidates on a prompt, about: attention grows with the square of the length."""
-    return _CANDIDATE * candidates * len(model.layers) * (length / (2 * K)) ** 2
+    return _CANDIDATE * candidates * layers * (length / (2 * K)) ** 2
 
 
 def command(stage: Stage, tasks: Sequence[str], setting: Setting) -> list[str]:
@@ -170,7 +183,8 @@ def command(stage: Stage, tasks: Sequence[str], setting: Setting) -> list[str]:
         return ["search", path, *sizes, *layers, "--dtype", "float32", "--output", output]
     if stage.suite == DENSITY:
         words = ["benchmarks.real_models.density", path, "--length", str(length), "--samples", str(stage.samples)]
-        words += [*layers, "--chunk", str(CHUNK), *(["--heads", str(heads)] if heads.is_file() else [])]
+        words += ["--layers", format_layers(measured_layers(model)), "--chunk", str(CHUNK)]
+        words += ["--heads", str(heads)] if heads.is_file() else []
         return [*words, "--documents", *map(str, texts.paths(setting.documents)), "--output", output]
     wanted = tasks if stage.suite == TTFT else names(model, length, setting)
     more: list[str] = []

@@ -96,7 +96,7 @@ def test_every_entry_can_be_served(setting: Setting, model: Any) -> None:
     layers, heads = HEADS[model.short]
     length = max(patterns.LENGTHS[model.short])
     names = patterns.names(model, length, setting)
-    assert len(names) == 2 * 8
+    assert len(names) == 5 + 6
     for name in names:
         entry = patterns.entry(name, model, length, setting)
         found = resolve(entry, model="m", num_layers=layers, num_heads=heads)
@@ -115,10 +115,10 @@ def test_what_is_not_there_is_left_out(setting: Setting, tmp_path: Path) -> None
     whole = replace(setting, presets={}, output=tmp_path / "other")
     # All layers with full attention are in the triangle.
     assert patterns.open_layers(GEMMA, whole) == ()
-    assert not [name for name in patterns.names(GEMMA, 4096, whole) if name.startswith("trimix+")]
-    words = patterns.command(stage_of(whole, "gemma-patterns-niah-4k"), (), whole)
+    assert not [name for name in patterns.names(GEMMA, 16384, whole) if name.startswith("trimix+")]
+    words = patterns.command(stage_of(whole, "gemma-patterns-niah-16k"), (), whole)
     assert not [word for word in words if word.startswith("heads=")]
-    assert "--heads" not in patterns.command(stage_of(whole, "gemma-patterns-density-4k"), (), whole)
+    assert "--heads" not in patterns.command(stage_of(whole, "gemma-patterns-density-16k"), (), whole)
 
 
 def test_times_are_a_call_of_their_own(setting: Setting, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,15 +199,15 @@ def timed(model: str, length: int, ratios: dict[str, tuple[float, float, float]]
 def found(tmp_path: Path) -> dict[str, results.Kept]:
     raw = tmp_path / "raw"
     leans = {"stock": 0, "noise-floor": 1e-4, "trimix": 0.05, "trimix+xattention": 0.1, "xattention": 0.3}
-    real_answers.put(raw / "smollm2-patterns-documents-2k", "agreement", real_answers.compared(2048, leans))
+    real_answers.put(raw / "smollm2-patterns-documents-8k", "agreement", real_answers.compared(8192, leans))
     right = {"stock": "r" * 40, "trimix": "r" * 40, "trimix+xattention": "r" * 40, "xattention": "w" * 40}
-    real_answers.put(raw / "smollm2-patterns-niah-2k", "niah", real_answers.scored("needle", 2048, right, depth=0.5))
+    real_answers.put(raw / "smollm2-patterns-niah-8k", "niah", real_answers.scored("needle", 8192, right, depth=0.5))
     shares = {str(layer): {"xattention": {"density": layer / 100, "error": 0.0}} for layer in range(30)}
     parts = {
-        "smollm2-patterns-density-2k/density.json": {"model": SMOLLM2.folder, "length": 2048, "layers": shares},
-        "smollm2-patterns-ttft-0-2k/result.json": timed(
+        "smollm2-patterns-density-8k/density.json": {"model": SMOLLM2.folder, "length": 8192, "layers": shares},
+        "smollm2-patterns-ttft-0-8k/result.json": timed(
             SMOLLM2.folder,
-            2048 - 64,
+            8192 - 64,
             {
                 "stock": (1, 1, 1),
                 "trimix": (0.8, 0.75, 0.85),
@@ -225,7 +225,7 @@ def found(tmp_path: Path) -> dict[str, results.Kept]:
 
 def test_the_table_has_what_was_measured(found: dict[str, results.Kept]) -> None:
     text = pattern_tables.compared(found)
-    assert text.startswith("**SmolLM2-135M-Instruct** at 2048 tokens; noise floor ")
+    assert text.startswith("**SmolLM2-135M-Instruct** at 8192 tokens; noise floor ")
     lines = rows(text)
     assert [line[0] for line in lines] == ["triangle", "triangle + xattention", "xattention"]
     assert [line[3] for line in lines] == ["0.80 (0.75 to 0.85)", "0.70 (0.60 to 0.79)", "0.50 (0.40 to 0.60)"]
@@ -237,7 +237,7 @@ def test_the_table_has_what_was_measured(found: dict[str, results.Kept]) -> None
 
 def test_what_is_kept_is_small(found: dict[str, results.Kept]) -> None:
     kept = found[pattern_results.NAME].result
-    assert kept["ttft"][0]["length"] == 2048
+    assert kept["ttft"][0]["length"] == 8192
     assert "more" not in kept["ttft"][0]["rows"][0]
     assert "rounds" not in kept["ttft"][0]
     assert [entry["model"] for entry in kept["density"]] == [SMOLLM2.folder]
@@ -246,7 +246,7 @@ def test_what_is_kept_is_small(found: dict[str, results.Kept]) -> None:
 def test_the_choice_loses_no_task(found: dict[str, results.Kept]) -> None:
     [row] = rows(pattern_tables.choice(found))
     # The fastest of all loses the needle.
-    assert row[:3] == ["SmolLM2-135M-Instruct", "2048", "triangle + xattention"]
+    assert row[:3] == ["SmolLM2-135M-Instruct", "8192", "triangle + xattention"]
     assert row[4] == "0.70 (0.60 to 0.79)"
 
 
