@@ -7,7 +7,7 @@ import statistics
 from benchmarks.real_models.plan import MODELS
 from benchmarks.real_models.results import Kept
 from benchmarks.real_models.written import NOTHING, Found, divergence, nats, points, table, title
-from vllm_trimix.evaluation.configurations import STOCK, TRIMIX
+from vllm_trimix.evaluation.configurations import TRIMIX
 from vllm_trimix.evaluation.statistics import Difference
 from vllm_trimix.patterns.triangle import Triangle
 
@@ -90,24 +90,7 @@ def shape(found: Found) -> str:
         if rows:
             heading = f"**{title(model)}** at {min(model.prefill)} tokens:"
             texts.append(f"{heading}\n\n{table(('varied', 'value', *_MEASURED), rows)}")
-        by_task = _by_task(found.get(f"{model.short}-task-ablation"))
-        texts += [f"The same on tasks, scores:\n\n{by_task}"] if by_task != NOTHING else []
     return "\n\n".join(texts) or NOTHING
-
-
-def _by_task(kept: Kept | None) -> str:
-    """A row a value of what was varied, a column a task."""
-    if kept is None:
-        return NOTHING
-    names = list(dict.fromkeys(cell["task"] for cell in kept.of(STOCK)))
-    shown = [("", "stock", STOCK)]
-    for ablation in ("shape", "last_n", "num_layers", "random_layers"):
-        shown += [(ablation, label, name) for label, name in varied(kept, ablation)]
-    rows = []
-    for ablation, label, configuration in shown:
-        scores = {cell["task"]: points(cell["score"]) for cell in kept.of(configuration) if cell["n"]}
-        rows.append((ablation, label, *(scores.get(name, "") for name in names)))
-    return table(("varied", "value", *names), rows)
 
 
 def varied(kept: Kept, ablation: str) -> list[tuple[str, str]]:

@@ -26,7 +26,6 @@ from vllm_trimix.evaluation.configurations import NOISE_FLOOR, STOCK, TRIMIX
 from vllm_trimix.evaluation.statistics import Difference
 
 _NONE = "none"
-_ASKED = ("niah", "ruler")
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ def measured(found: Found, model: Model, length: int) -> list[Measured]:
     """Every configuration of a model and length, the triangle first; empty where nothing is known."""
     folder = f"{model.short}-{NAME}-{{}}-{length // K}k"
     documents = found.get(folder.format("documents"))
-    asked = [kept for kept in (found.get(folder.format(suite)) for suite in _ASKED) if kept is not None]
-    answered = [kept for kept in (documents, *asked) if kept is not None]
+    needles = found.get(folder.format("niah"))
+    answered = [kept for kept in (documents, needles) if kept is not None]
     ran = {name: facts for kept in answered for name, facts in kept.result["configurations"].items()}
     times = _times(found, model, length)
     rows = []
@@ -77,7 +76,7 @@ def measured(found: Found, model: Model, length: int) -> list[Measured]:
         shallow = ((ran.get(name) or {}).get("resolved") or {}).get("shallow") or {}
         layers = tuple(shallow.get("layers", ()))
         cell = next(iter(documents.of(name)), None) if documents is not None else None
-        cells = {cell["task"]: cell for kept in asked for cell in kept.of(name) if cell["n"]}
+        cells = {cell["task"]: cell for cell in needles.of(name) if cell["n"]} if needles is not None else {}
         rows.append(
             Measured(
                 name,

@@ -1,8 +1,8 @@
 """Dynamic patterns on real attention: ``python -m benchmarks.real_models.patterns --output build/real-eval``.
 
 For each model and length: a head file by ``vllm-trimix search``, the keys that each pattern reads, divergence on long
-texts, the needle and tasks through real vLLM. ``--times`` measures the time to the first token instead and wants the
-machine to itself. Stopped, or out of hours, the same command goes on where it was.
+texts and the needle through real vLLM. ``--times`` measures the time to the first token instead and wants the machine
+to itself. Stopped, or out of hours, the same command goes on where it was.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.real_models import evaluate, texts
 from benchmarks.real_models.evaluate import Setting
-from benchmarks.real_models.plan import GEMMA, MODELS, SMOLLM2, K, Model, Rule, Stage
+from benchmarks.real_models.plan import GEMMA, MODELS, SMOLLM2, K, Model, Stage
 from vllm_trimix.config.layers import format_layers, parse_layers
 from vllm_trimix.evaluation.configurations import TRIMIX
 from vllm_trimix.evaluation.passages import ANSWER_TOKENS
@@ -49,7 +49,6 @@ _SERVE_FLAGS = ("--dtype=float32", "--enforce-eager")
 _DEPTHS = (0.0, 0.5, 1.0)
 _MEASURED_LAYERS = 10
 """Layers whose keys are counted, evenly spread: a layer takes a minute a passage."""
-_TASKS = ("niah_multikey_1", "cwe", "niah_multivalue", "fwe", "niah_single_3")
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,6 @@ def _stages(model: Model, length: int, setting: Setting) -> list[PatternStage]:
         stage("documents", "agreement", 3, noise_floor=True, answer=ANSWER_TOKENS, **asked),
         stage(DENSITY, DENSITY, 1, tasks=(DENSITY,), takes=_measuring(counted, length, len(patterns(length)) + 1)),
         stage("niah", "niah", 1, depths=_DEPTHS, **asked),
-        stage("ruler", "ruler", 10, rule=Rule.SOLVED, tasks=_TASKS, most=1, **asked),
     ]
     if length == max(LENGTHS[model.short]):
         for number, first in enumerate(range(0, len(compared), _SERVERS)):

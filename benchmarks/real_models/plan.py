@@ -140,7 +140,12 @@ _PREFERRED = ("niah_multikey_1", "cwe", "niah_multivalue", "fwe", "niah_single_3
 _FEW_DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
-def _screens(model: Model, length: int, priority: int, *, most: int | None = None) -> list[Stage]:
+_SUITES = ("ruler", "retrieval")
+
+
+def _screens(
+    model: Model, length: int, priority: int, *, suites: tuple[str, ...] = _SUITES, most: int | None = None
+) -> list[Stage]:
     return [
         Stage(
             f"{model.short}-screen-{suite}-{length // K}k",
@@ -150,22 +155,22 @@ def _screens(model: Model, length: int, priority: int, *, most: int | None = Non
             trimix=False,
             folder=f"{model.short}-{suite}",
         )
-        for suite in ("ruler", "retrieval")
+        for suite in suites
     ]
 
 
 def _claims(
-    model: Model, length: int, priority: int, *, samples: int = CLAIMED, most: int | None = None
+    model: Model, length: int, priority: int, *, suites: tuple[str, ...] = _SUITES, most: int | None = None
 ) -> list[Stage]:
     return [
         Stage(
             f"{model.short}-{suite}-{length // K}k",
-            *(model, suite, length, priority, samples, Rule.SOLVED),
+            *(model, suite, length, priority, CLAIMED, Rule.SOLVED),
             tasks=_PREFERRED,
             most=most,
             folder=f"{model.short}-{suite}",
         )
-        for suite in ("ruler", "retrieval")
+        for suite in suites
     ]
 
 
@@ -241,7 +246,7 @@ STAGES: tuple[Stage, ...] = (
         answer=64,
     ),
     _needle(GEMMA, 4 * K, 15, 2),
-    *_claims(GEMMA, 4 * K, 29, most=1),
+    *_claims(GEMMA, 4 * K, 29, suites=("ruler",), most=1),
     _ablation(
         "shape",
         *(GEMMA, "agreement", 16, 4),
@@ -272,28 +277,16 @@ STAGES: tuple[Stage, ...] = (
     _text(SMOLLM2, "long", 2 * K, 18, 8, 512),
     _text(SMOLLM2, "ppl", 2 * K, 18, 10, 1),
     _text(GEMMA, "ppl", 4 * K, 18, 10, 1),
-    *_screens(SMOLLM2, 4 * K, 20),
+    *_screens(SMOLLM2, 4 * K, 20, suites=("ruler",), most=1),
     _documents(SMOLLM2, 4 * K, 20, 8),
     _needle(SMOLLM2, 4 * K, 21, 1),
-    *_claims(SMOLLM2, 4 * K, 22, most=1),
-    _ablation(
-        "task-ablation",
-        *(SMOLLM2, "ruler", 23, 10),
-        rule=Rule.SOLVED,
-        tasks=_PREFERRED,
-        most=1,
-        ablations=("num_layers=12,18,24,30", "last_n=0", "shape=last_rows", "random_layers=0,1"),
-    ),
+    *_claims(SMOLLM2, 4 * K, 22, suites=("ruler",), most=1),
     _documents(SMOLLM2, 8 * K, 24, 4),
     _documents(GEMMA, 8 * K, 28, 4),
-    _needle(SMOLLM2, 8 * K, 25, 1),
-    *_screens(SMOLLM2, 8 * K, 31, most=1),
-    *_claims(SMOLLM2, 8 * K, 32, most=1),
+    _needle(SMOLLM2, 8 * K, 25, 1, _FEW_DEPTHS),
     _text(SMOLLM2, "ppl", 8 * K, 33, 3, 1),
     _documents(GEMMA, 16 * K, 26, 4),
     _needle(GEMMA, 16 * K, 27, 1, _FEW_DEPTHS),
     _documents(GEMMA, 32 * K, 30, 1),
-    _needle(GEMMA, 32 * K, 31, 1, (0.0, 0.5, 1.0)),
-    *_screens(GEMMA, 8 * K, 34, most=1),
-    *_claims(GEMMA, 8 * K, 35, most=1),
+    _needle(GEMMA, 32 * K, 31, 1, (0.0, 0.5)),
 )

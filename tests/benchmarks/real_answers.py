@@ -96,8 +96,6 @@ def whole(folder: Path) -> None:
     put(folder / "smollm2-shape", "agreement", compared(2048, varied))
     needle = scored("needle", 2048, {"stock": "rr", "last_n=0": "ww", "num_layers=3": "rr"}, depth=0.5)
     put(folder / "smollm2-needle-ablation", "niah", needle)
-    tasks = scored("cwe", 2048, {"stock": "rr", "trimix": "rw", "last_n=0": "ww"})
-    put(folder / "smollm2-task-ablation", "ruler", tasks + scored("vt", 2048, {"stock": "rr", "trimix": "rr"}))
     put(folder / "smollm2-long", "long", long(2048, {"stock": None, "noise-floor": None, "trimix": 100}))
     put(folder / "smollm2-ppl", "ppl", likelihood(2048, {"stock": 2.0, "trimix": 2.5}))
     sets = {"stock": 0, "trimix": 0.1, "layers-5": 0.02, "layers-5-11": 0.04}

@@ -68,8 +68,7 @@ def test_stages_are_told_apart(setting: Setting) -> None:
 def test_the_commands_take_every_stage(setting: Setting) -> None:
     timed: list[str] = []
     for stage in patterns.stages(setting):
-        tasks = stage.tasks[:2] if stage.suite == "ruler" else stage.tasks
-        words = patterns.command(stage, tasks, setting)
+        words = patterns.command(stage, stage.tasks, setting)
         if stage.suite == patterns.SEARCH:
             args = build_parser("search")[0].parse_args(words)
             assert args.output / "heads.json" == patterns.head_file(stage.model, stage.length, setting)
