@@ -232,7 +232,8 @@ def environment(device: Any) -> dict[str, str]:
     import torch
     import transformers
 
-    cpu = f"{cpu_name()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    cpu = f"{cpu_name()}, {threads} thread{'' if threads == 1 else 's'}"
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "torch": str(torch.__version__),

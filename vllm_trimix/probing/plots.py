@@ -58,7 +58,8 @@ def plot_quality(outcome: Outcome, path: Path) -> None:
     axes = figure.add_subplot()
     colours = dict(zip(outcome.curve, _LINES, strict=False))
     for name, means in outcome.curve.items():
-        axes.plot([0, *means], [0.0, *means.values()], color=colours[name], linewidth=1.5, label=f"{name}, ranking")
+        values = [0.0, *means.values()]
+        axes.plot([0, *means], values, color=colours[name], linewidth=1.5, marker=".", label=f"{name}, ranking")
     for tried, mark in zip(outcome.tried, _MARKS * len(outcome.tried), strict=False):
         for k in tried.losses:
             mean = max(statistics.fmean(tried.losses[k]), statistics.fmean(tried.kl[k]))
@@ -78,6 +79,8 @@ def plot_quality(outcome: Outcome, path: Path) -> None:
     axes.axhline(MAX_LOSS, color="black", linewidth=0.8)
     axes.axvline(len(outcome.chosen), color="#009E73", linewidth=1)
     axes.set_yscale("symlog", linthresh=MAX_LOSS)
+    # A divergence is never negative.
+    axes.set_ylim(bottom=-0.2 * MAX_LOSS)
     axes.set_xlabel("k layers in triangle")
     axes.set_ylabel("loss or divergence, whichever is more (nats)")
     axes.legend(frameon=False, fontsize="small")

@@ -58,7 +58,7 @@ def preset_of(outcome: Outcome, environment: dict[str, str]) -> dict[str, Any]:
         "n_local": pattern.n_local,
         "last_n": pattern.last_n,
         "provenance": {
-            "source": f"vllm-trimix probe {__version__}: the {k} layers of least {_ranking(outcome, order)} of "
+            "source": f"vllm-trimix probe {__version__}: the {words.layers(k)} of least {_ranking(outcome, order)} of "
             f"{settings.model}",
             "date": datetime.date.today().isoformat(),
             "measured": f"answers {what} at most {', '.join(proofs)} on average (95%); {environment['device']}, "
@@ -169,7 +169,7 @@ def _compared_table(outcome: Outcome) -> list[str]:
     k = len(outcome.chosen) or outcome.kept[order] or min(first.losses)
     count = len(next(iter(outcome.compared.values())))
     lines = [
-        f"## Other sets of {k} layers, {count} held-out answers at {first.length} tokens",
+        f"## Other sets of {words.layers(k)}, {count} held-out answers at {first.length} tokens",
         "",
         "| layers | KL (nats) |",
         "|---|---|",

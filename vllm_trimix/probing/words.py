@@ -20,6 +20,11 @@ STOCK = {
 }
 
 
+def layers(count: int) -> str:
+    """A number of layers."""
+    return "1 layer" if count == 1 else f"{count} layers"
+
+
 def console(outcome: Outcome) -> Iterator[str]:
     """What the command says when it is done."""
     yield f"triangle layers: {format_layers(outcome.chosen) or 'none'} ({count(outcome)})"
@@ -68,7 +73,7 @@ def verdict(outcome: Outcome) -> Iterator[str]:
     order = outcome.settings.orders[0]
     for tried in outcome.tried:
         if tried.order == order:
-            yield from _failed(tried, order=outcome.orders[order])
+            yield from failed(tried, order=outcome.orders[order])
     if outcome.chosen:
         lengths = " and ".join(map(str, outcome.settings.lengths))
         yield f"This holds at {lengths} tokens; nothing longer was asked (--lengths)."
@@ -76,17 +81,17 @@ def verdict(outcome: Outcome) -> Iterator[str]:
         yield "No layer can be a triangle layer without a loss on these prompts, so there is no preset."
 
 
-def _failed(tried: Tried, *, order: list[int]) -> Iterator[str]:
+def failed(tried: Tried, *, order: list[int]) -> Iterator[str]:
     """The smallest set that failed at a length: whether more prompts could have allowed it."""
-    failed = [k for k in sorted(tried.losses) if tried.bound(k) > MAX_LOSS]
-    if not failed:
+    too_many = [k for k in sorted(tried.losses) if tried.bound(k) > MAX_LOSS]
+    if not too_many:
         return
-    k = failed[0]
-    # Of loss and divergence the one that failed it.
-    name, losses = max(("lose", tried.losses[k]), ("diverge by", tried.kl[k]), key=lambda item: upper_bound(item[1]))
-    layers = "1 layer" if k == 1 else f"{k} layers"
-    set_ = format_layers(sorted(order[:k]))
-    loss = f"{layers} ({set_}) {name} {statistics.fmean(losses):.4f} nats at {tried.length} tokens"
+    k = too_many[0]
+    # Of loss and divergence the one that failed it; one layer loses, several lose.
+    both = (("lose", "loses", tried.losses[k]), ("diverge by", "diverges by", tried.kl[k]))
+    several, one, losses = max(both, key=lambda item: upper_bound(item[2]))
+    what = f"{layers(k)} ({format_layers(sorted(order[:k]))}) {one if k == 1 else several}"
+    loss = f"{what} {statistics.fmean(losses):.4f} nats at {tried.length} tokens"
     needed = prompts_needed(losses)
     if needed is None:
         yield f"{loss}: no number of prompts would allow {'it' if k == 1 else 'them'}."
