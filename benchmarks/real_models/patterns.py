@@ -46,7 +46,8 @@ _ROOM = 256
 _SERVERS = 2
 """Patterns that are timed at once, beside stock and the triangle: all servers are up, of 4 GB each."""
 _SERVE_FLAGS = ("--dtype=float32", "--enforce-eager")
-_DEPTHS = (0.0, 0.5, 1.0)
+_DEPTHS = (0.0, 0.5)
+"""Of the needle; at the end of a prompt every window holds it."""
 _MEASURED_LAYERS = 10
 """Layers whose keys are counted, evenly spread: a layer takes a minute a passage."""
 
@@ -99,6 +100,13 @@ def names(model: Model, length: int, setting: Setting) -> list[str]:
     return [f"{TOGETHER}{name}" for name in together] + alone
 
 
+def needle_names(model: Model, length: int, setting: Setting) -> list[str]:
+    """Those of ``names`` that the needle is asked under: beside the triangle where there are any, and ``a_shape``."""
+    everything = names(model, length, setting)
+    together = [name for name in everything if name.startswith(TOGETHER)]
+    return [*together, AShape.name] if together else everything
+
+
 def entry(name: str, model: Model, length: int, setting: Setting) -> dict[str, Any]:
     """The ``trimix`` entry of a configuration."""
     kind = name.removeprefix(TOGETHER)
@@ -140,13 +148,12 @@ def _stages(model: Model, length: int, setting: Setting) -> list[PatternStage]:
         name = f"{model.short}-patterns-{what}-{length // K}k"
         return PatternStage(name, model, suite, length, priority, samples, folder=name, **fields)
 
-    asked = {"entries": len(compared)}
     searched = _measuring(len(model.layers), length, len(published(length)))
     found = [
         stage(SEARCH, SEARCH, 1, tasks=(SEARCH,), takes=searched),
-        stage("documents", "agreement", 3, noise_floor=True, answer=ANSWER_TOKENS, **asked),
+        stage("documents", "agreement", 2, noise_floor=True, answer=ANSWER_TOKENS, entries=len(compared)),
         stage(DENSITY, DENSITY, 1, tasks=(DENSITY,), takes=_measuring(counted, length, len(patterns(length)) + 1)),
-        stage("niah", "niah", 1, depths=_DEPTHS, **asked),
+        stage("niah", "niah", 1, depths=_DEPTHS, entries=len(needle_names(model, length, setting))),
     ]
     if length == max(LENGTHS[model.short]):
         for number, first in enumerate(range(0, len(compared), _SERVERS)):
@@ -184,7 +191,8 @@ def command(stage: Stage, tasks: Sequence[str], setting: Setting) -> list[str]:
         words += ["--layers", format_layers(measured_layers(model)), "--chunk", str(CHUNK)]
         words += ["--heads", str(heads)] if heads.is_file() else []
         return [*words, "--documents", *map(str, texts.paths(setting.documents)), "--output", output]
-    wanted = tasks if stage.suite == TTFT else names(model, length, setting)
+    of_suite = needle_names if stage.suite == "niah" else names
+    wanted = tasks if stage.suite == TTFT else of_suite(model, length, setting)
     more: list[str] = []
     for name in wanted:
         if not name.endswith(HEADS) or heads.is_file():

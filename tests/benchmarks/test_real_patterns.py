@@ -83,7 +83,8 @@ def test_the_commands_take_every_stage(setting: Setting) -> None:
         else:
             args = build_parser("eval")[0].parse_args(words[: words.index("--")])
             assert eval_choices.suite(args, SUITES)
-            wanted = patterns.names(stage.model, stage.length, setting)
+            of_suite = patterns.needle_names if stage.suite == "niah" else patterns.names
+            wanted = of_suite(stage.model, stage.length, setting)
             assert [text.partition("=")[0] for text in args.config] == wanted
             assert stage.configurations == len(wanted) + 2 + stage.noise_floor
         assert stage.seconds(1) > 0
