@@ -24,6 +24,7 @@ from benchmarks.real_models.written import (
 from vllm_trimix.config.layers import format_layers
 from vllm_trimix.evaluation.configurations import NOISE_FLOOR, STOCK, TRIMIX
 from vllm_trimix.evaluation.statistics import Difference
+from vllm_trimix.probing.choice import MAX_LOSS
 
 _NONE = "none"
 
@@ -56,9 +57,10 @@ class Measured:
         return "triangle" if self.name == TRIMIX else self.name.replace(TOGETHER, "triangle + ")
 
     @property
-    def lost(self) -> bool:
-        """Whether a task's interval excludes that nothing is lost."""
-        return any(difference(cell).verdict == "loss" for cell in self.tasks.values())
+    def is_sound(self) -> bool:
+        """Whether its divergence is known and small, and no task's interval excludes that nothing is lost."""
+        lost = any(difference(cell).verdict == "loss" for cell in self.tasks.values())
+        return self.kl is not None and self.kl.mean <= MAX_LOSS and not lost
 
 
 def measured(found: Found, model: Model, length: int) -> list[Measured]:
@@ -166,16 +168,16 @@ def choice(found: Found) -> str:
 
 
 def fastest(rows: Sequence[Measured]) -> Measured | None:
-    """The fastest configuration of which no task is seen to lose; None where stock is no slower.
+    """The fastest configuration that is sound; None where stock is no slower.
 
     A pattern beats the triangle alone only where its interval lies below the triangle's median.
     """
-    base = next((row for row in rows if row.name == TRIMIX and row.time is not None and not row.lost), None)
+    base = next((row for row in rows if row.name == TRIMIX and row.time is not None and row.is_sound), None)
     limit = 1.0
     if base is not None and base.time is not None:
         limit = min(limit, base.time[0])
         base = base if base.time[2] < 1 else None
-    # Without tasks nothing is known of losses.
+    # Without tasks little is known of losses.
     faster = [row for row in rows if row.name != TRIMIX and row.time and row.time[2] < limit]
-    sound = [row for row in faster if row.tasks and not row.lost]
+    sound = [row for row in faster if row.tasks and row.is_sound]
     return min(sound, key=lambda row: row.time or (limit,), default=base)

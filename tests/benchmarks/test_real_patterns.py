@@ -24,6 +24,7 @@ from vllm_trimix.config.resolve import resolve
 from vllm_trimix.demo.circuit import make_demo_model
 from vllm_trimix.demo.circuit_spec import CircuitSpec
 from vllm_trimix.demo.prompts import make_demo_prompt
+from vllm_trimix.evaluation.statistics import Difference
 from vllm_trimix.evaluation.suites.registry import SUITES
 from vllm_trimix.patterns.a_shape import AShape
 from vllm_trimix.patterns.dense import Dense
@@ -198,7 +199,7 @@ def timed(model: str, length: int, ratios: dict[str, tuple[float, float, float]]
 @pytest.fixture
 def found(tmp_path: Path) -> dict[str, results.Kept]:
     raw = tmp_path / "raw"
-    leans = {"stock": 0, "noise-floor": 1e-4, "trimix": 0.05, "trimix+xattention": 0.1, "xattention": 0.3}
+    leans = {"stock": 0, "noise-floor": 1e-4, "trimix": 0.02, "trimix+xattention": 0.03, "xattention": 0.3}
     real_answers.put(raw / "smollm2-patterns-documents-8k", "agreement", real_answers.compared(8192, leans))
     right = {"stock": "r" * 40, "trimix": "r" * 40, "trimix+xattention": "r" * 40, "xattention": "w" * 40}
     real_answers.put(raw / "smollm2-patterns-niah-8k", "niah", real_answers.scored("needle", 8192, right, depth=0.5))
@@ -245,18 +246,25 @@ def test_what_is_kept_is_small(found: dict[str, results.Kept]) -> None:
 
 def test_the_choice_loses_no_task(found: dict[str, results.Kept]) -> None:
     [row] = rows(pattern_tables.choice(found))
-    # The fastest of all loses the needle.
+    # The fastest of all loses the needle, and diverges.
     assert row[:3] == ["SmolLM2-135M-Instruct", "8192", "triangle + xattention"]
     assert row[4] == "0.70 (0.60 to 0.79)"
 
 
 def test_the_fastest_that_is_sound() -> None:
     cell = {"difference": {"mean": 0.0, "low": -0.1, "high": 0.1}}
-    base = Measured("trimix", time=(0.8, 0.7, 0.9), tasks={"needle": cell})
-    other = Measured("trimix+a_shape", time=(0.6, 0.5, 0.7), tasks={"needle": cell})
+    kl = Difference(0.009, 0.0, 0.05)
+    base = Measured("trimix", time=(0.8, 0.7, 0.9), kl=kl, tasks={"needle": cell})
+    other = Measured("trimix+a_shape", time=(0.6, 0.5, 0.7), kl=kl, tasks={"needle": cell})
     assert pattern_tables.fastest([base, other]) is other
-    # Not faster beyond chance; no tasks; not timed.
-    for worse in (replace(other, time=(0.75, 0.6, 0.85)), replace(other, tasks={}), replace(other, time=None)):
+    # Not faster beyond chance; no tasks; not timed; a divergence that is large, or unknown.
+    for worse in (
+        replace(other, time=(0.75, 0.6, 0.85)),
+        replace(other, tasks={}),
+        replace(other, time=None),
+        replace(other, kl=Difference(0.011, 0.0, 0.05)),
+        replace(other, kl=None),
+    ):
         assert pattern_tables.fastest([base, worse]) is base
     slow = replace(base, time=(0.97, 0.9, 1.02))
     assert pattern_tables.fastest([slow, replace(other, time=(0.98, 0.97, 0.99))]) is None
