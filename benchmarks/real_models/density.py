@@ -10,7 +10,6 @@ layer's output, as ``vllm-trimix search`` measures it.
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import json
 import math
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.environment import environment
 from benchmarks.real_models.patterns import HEADS, patterns
 from vllm_trimix.config.head_files import read_head_file
 from vllm_trimix.config.layers import parse_layers
@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> Path:
         "length": args.length,
         "passages": len(found),
         "chunk": args.chunk,
-        "date": datetime.date.today().isoformat(),
+        "environment": environment(),
         "layers": by_layer(found, candidates, compared, heads),
     }
     path: Path = args.output / RESULT

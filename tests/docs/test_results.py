@@ -32,6 +32,10 @@ def test_a_result_names_its_machine_and_keeps_its_samples(path: Path) -> None:
         assert provenance["versions"]["vllm"]
         assert all(sample["dense_s"] and sample["triangle_s"] for sample in provenance["samples"])
         return
+    if result.get("kind") == "patterns":
+        for part in (*result["density"], *result["ttft"]):
+            _check_environment(part["environment"], path.parents[1].joinpath("README.md").read_text())
+        return
     environment = result["environment"]
     if result.get("kind") == "evaluation":
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", result["date"])
@@ -39,11 +43,7 @@ def test_a_result_names_its_machine_and_keeps_its_samples(path: Path) -> None:
         assert environment["versions"]["vllm"]
         _check_scores(result, path.parent)
         return
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d", environment["date"])
-    assert environment["cpu"] or environment["gpu"]
-    assert environment["versions"]["torch"]
-    if environment["commit"].endswith("-dirty"):
-        assert "-dirty:" in result["note"], "measured on code that no commit holds: the note must say what differed"
+    _check_environment(environment, result.get("note", ""))
     if path.name == "result.json" and "rounds" in result:
         for row in result["rows"]:
             same = [r for r in result["rounds"] if all(r[key] == row[key] for key in ("length", "concurrency"))]
@@ -52,6 +52,15 @@ def test_a_result_names_its_machine_and_keeps_its_samples(path: Path) -> None:
     for row in result.get("rows", []):
         if path.name in ("kernels.json", "breakdown.json") and row["status"] == "ok":
             assert row["samples"], row
+
+
+def _check_environment(environment: dict[str, Any], note: str) -> None:
+    """A machine, versions and code; of code that no commit holds the note says what differed."""
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", environment["date"])
+    assert environment["cpu"] or environment["gpu"]
+    assert environment["versions"]["torch"]
+    if environment["commit"].endswith("-dirty"):
+        assert "-dirty:" in note, "the note must say what differed"
 
 
 def _check_scores(result: dict[str, Any], folder: Path) -> None:
