@@ -28,16 +28,32 @@ def keep(source: Path, target: Path, answers: str) -> list[str]:
         ValueError: A file is no such result.
         OSError: What can't be read or written.
     """
-    densities = [_read(path) for path in sorted(source.glob(f"*-{NAME}-{DENSITY}-*/{RESULT}"))]
+    densities = [_density(path) for path in sorted(source.glob(f"*-{NAME}-{DENSITY}-*/{RESULT}"))]
     times = [_times(path) for path in sorted(source.glob(f"*-{NAME}-{TTFT}-*/result.json"))]
     if not densities and not times:
         return []
     folder = target / NAME
     folder.mkdir(parents=True, exist_ok=True)
-    result = {"kind": NAME, "configurations": {}, "cells": [], DENSITY: densities, TTFT: times}
+    # What a reader of any result looks for; each part has its own as well.
+    environment = [*densities, *times][-1]["environment"]
+    result = {
+        "kind": NAME,
+        "environment": environment,
+        "configurations": {},
+        "cells": [],
+        DENSITY: densities,
+        TTFT: times,
+    }
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     (folder / answers).write_bytes(gzip.compress(b"", mtime=0))
     return [NAME]
+
+
+def _density(path: Path) -> dict[str, Any]:
+    found = _read(path)
+    if not {"model", "length", "environment", "layers"} <= found.keys():
+        raise ValueError(f"{path} holds no shares of benchmarks.real_models.density; remove its folder")
+    return found
 
 
 def _times(path: Path) -> dict[str, Any]:

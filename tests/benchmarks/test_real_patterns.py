@@ -205,7 +205,12 @@ def found(tmp_path: Path) -> dict[str, results.Kept]:
     real_answers.put(raw / "smollm2-patterns-niah-8k", "niah", real_answers.scored("needle", 8192, right, depth=0.5))
     shares = {str(layer): {"xattention": {"density": layer / 100, "error": 0.0}} for layer in range(30)}
     parts = {
-        "smollm2-patterns-density-8k/density.json": {"model": SMOLLM2.folder, "length": 8192, "layers": shares},
+        "smollm2-patterns-density-8k/density.json": {
+            "model": SMOLLM2.folder,
+            "length": 8192,
+            "environment": {"cpu": "another CPU"},
+            "layers": shares,
+        },
         "smollm2-patterns-ttft-0-8k/result.json": timed(
             SMOLLM2.folder,
             8192 - 64,
@@ -242,6 +247,8 @@ def test_what_is_kept_is_small(found: dict[str, results.Kept]) -> None:
     assert "more" not in kept["ttft"][0]["rows"][0]
     assert "rounds" not in kept["ttft"][0]
     assert [entry["model"] for entry in kept["density"]] == [SMOLLM2.folder]
+    # Where readers of any result look.
+    assert kept["environment"] == {"cpu": "a CPU"}
 
 
 def test_the_choice_loses_no_task(found: dict[str, results.Kept]) -> None:
@@ -280,3 +287,9 @@ def test_broken_measurements_are_named(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(ValueError, match=says):
             pattern_results.keep(tmp_path, tmp_path / "kept", "answers.jsonl.gz")
+    path.unlink()
+    path = tmp_path / "smollm2-patterns-density-8k" / "density.json"
+    path.parent.mkdir()
+    path.write_text('{"model": "m", "length": 8192, "layers": {}}')
+    with pytest.raises(ValueError, match="holds no shares"):
+        pattern_results.keep(tmp_path, tmp_path / "kept", "answers.jsonl.gz")
